@@ -1,0 +1,23 @@
+"""LSG attention for models of the BERT family: long inputs by one line, in place, and back."""
+
+from lsg_patch.attention import lsg_attention
+from lsg_patch.config import LSGConfig
+from lsg_patch.patching import (
+    get_config,
+    global_embeddings,
+    is_patched,
+    patch_model,
+    patched,
+    unpatch_model,
+)
+
+__all__ = [
+    "LSGConfig",
+    "get_config",
+    "global_embeddings",
+    "is_patched",
+    "lsg_attention",
+    "patch_model",
+    "patched",
+    "unpatch_model",
+]

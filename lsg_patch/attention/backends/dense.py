@@ -1,0 +1,79 @@
+"""Every query against every key, with a mask: for short sequences, and to check the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lsg_patch.attention.geometry import Geometry, Window
+from lsg_patch.attention.keys import Keys, additive
+
+
+def full_attention(
+    query: Tensor, keys: Keys, dropout_p: float, scale: float, is_causal: bool = False
+) -> Tensor:
+    """Softmax attention of ``query`` (B, H, n, D) over all ``keys``.
+
+    With ``is_causal`` the last query is aligned with the last key.
+    """
+    mask = keys.mask.unsqueeze(2)
+    if is_causal:
+        n, m = query.shape[2], keys.key.shape[2]
+        mask = mask & torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+    return F.scaled_dot_product_attention(
+        query,
+        keys.key,
+        keys.value,
+        attn_mask=additive(mask, query.dtype),
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+
+
+def block_attention(
+    query: Tensor,
+    global_keys: Keys,
+    sparse: Keys | None,
+    tokens: Keys,
+    geometry: Geometry,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """LSG attention of the tokens' queries (B, H, T, D), by a (T, keys) mask: quadratic."""
+    length, device = query.shape[2], query.device
+    local = _seen(length, geometry, (geometry.local_window,), tokens.key.shape[2], device)
+    if geometry.is_causal:
+        local = local.tril()
+    sides = [(global_keys, torch.ones(length, global_keys.key.shape[2], dtype=torch.bool, device=device))]
+    if sparse is not None:
+        windows = geometry.sparse_windows
+        sides.append((sparse, _seen(length, geometry, windows, sparse.key.shape[2], device)))
+    sides.append((tokens, local))
+    mask = torch.cat([keys.mask.unsqueeze(2) & seen for keys, seen in _same_heads(sides)], dim=-1)
+    return F.scaled_dot_product_attention(
+        query,
+        torch.cat([keys.key for keys, _ in sides], dim=2),
+        torch.cat([keys.value for keys, _ in sides], dim=2),
+        attn_mask=additive(mask, query.dtype),
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+
+
+def _seen(
+    length: int, geometry: Geometry, windows: tuple[Window, ...], num_keys: int, device: torch.device
+) -> Tensor:
+    """(T, num_keys): which keys the windows of each token's block hold."""
+    block = torch.arange(length, device=device)[:, None] // geometry.block_size
+    key = torch.arange(num_keys, device=device)
+    seen = torch.zeros(length, num_keys, dtype=torch.bool, device=device)
+    for window in windows:
+        start = block * window.stride + window.start
+        seen |= (key >= start) & (key < start + window.size)
+    return seen
+
+
+def _same_heads(sides: list[tuple[Keys, Tensor]]) -> list[tuple[Keys, Tensor]]:
+    heads = max(keys.mask.shape[1] for keys, _ in sides)
+    return [(keys._replace(mask=keys.mask.expand(-1, heads, -1)), seen) for keys, seen in sides]

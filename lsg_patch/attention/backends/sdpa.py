@@ -1,0 +1,114 @@
+"""Windows of keys gathered block by block, and PyTorch's own fused attention over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lsg_patch.attention.geometry import Geometry, unfold_windows
+from lsg_patch.attention.keys import Keys, additive
+
+# bytes of gathered keys that stay in a processor's cache until they are used
+CACHE_BYTES = 8 << 20
+
+
+def block_attention(
+    query: Tensor,
+    global_keys: Keys,
+    sparse: Keys | None,
+    tokens: Keys,
+    geometry: Geometry,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """LSG attention of the tokens' queries (B, H, T, D): linear in T, in time and in memory."""
+    length = query.shape[2]
+    blocks = geometry.num_blocks(length)
+    query = F.pad(query, (0, 0, 0, blocks * geometry.block_size - length))
+    query = query.unflatten(2, (blocks, geometry.block_size))
+    key, value, mask = _windows(global_keys, sparse, tokens, geometry, blocks)
+
+    causal = None
+    if geometry.is_causal:
+        # within its own block a query sees what stands before it
+        causal = torch.ones(
+            geometry.block_size, mask.shape[-1], dtype=torch.bool, device=query.device
+        ).tril(mask.shape[-1] - geometry.block_size)
+
+    def attend(query: Tensor, key: list[Tensor], value: list[Tensor], mask: Tensor) -> Tensor:
+        """``query`` (n, blocks, b, D) over parts (n, blocks, size, D) of its keys and values."""
+        seen = mask.unsqueeze(-2)
+        return F.scaled_dot_product_attention(
+            query,
+            torch.cat(key, dim=2),
+            torch.cat(value, dim=2),
+            attn_mask=additive(seen if causal is None else seen & causal, query.dtype),
+            dropout_p=dropout_p,
+            scale=scale,
+        )
+
+    batch, heads, _, _, width = query.shape
+    keep_all = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *key, *value))
+    if query.device.type != "cpu" or keep_all or _is_compiling():
+        mask = mask.expand(-1, heads, -1, -1)
+        flat = attend(
+            query.flatten(0, 1),
+            [x.flatten(0, 1) for x in key],
+            [x.flatten(0, 1) for x in value],
+            mask.flatten(0, 1),
+        )
+        return flat.view(batch, heads, -1, width)[:, :, :length]
+
+    # laid out as (B, T, H, D), so that joining the heads afterwards copies nothing
+    out = query.new_empty(batch, blocks, geometry.block_size, heads, width).permute(0, 3, 1, 2, 4)
+    block_bytes = 2 * mask.shape[-1] * width * query.element_size()
+    for row, some, part in _pieces(batch, heads, blocks, max(1, CACHE_BYTES // block_bytes)):
+        some_mask = mask[row, some, part] if mask.shape[1] == heads else mask[row, :1, part]
+        out[row, some, part] = attend(
+            query[row, some, part],
+            [x[row, some, part] for x in key],
+            [x[row, some, part] for x in value],
+            some_mask,
+        )
+    return out.flatten(2, 3)[:, :, :length]
+
+
+def _windows(
+    global_keys: Keys, sparse: Keys | None, tokens: Keys, geometry: Geometry, blocks: int
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The keys and values that each block sees, as parts (B, H, blocks, size, D), and their mask.
+
+    The mask is (B, 1 or H, blocks, keys). The parts are views: the gathering is left to the one
+    who uses them, piece by piece.
+    """
+    parts: list[list[Tensor]] = []
+    for name in Keys._fields:
+        dim = 2
+        found = [getattr(global_keys, name).unsqueeze(dim)]
+        found[0] = found[0].expand(*found[0].shape[:dim], blocks, *found[0].shape[dim + 1 :])
+        if sparse is not None:
+            found += unfold_windows(getattr(sparse, name), geometry.sparse_windows, blocks, dim)
+        found += unfold_windows(getattr(tokens, name), (geometry.local_window,), blocks, dim)
+        parts.append(found)
+    key, value, masks = parts
+    heads = max(m.shape[1] for m in masks)
+    return key, value, torch.cat([m.expand(-1, heads, -1, -1) for m in masks], dim=-1)
+
+
+def _pieces(batch: int, heads: int, blocks: int, most: int) -> Iterator[tuple[int, slice, slice]]:
+    """Slices of (batch, heads, blocks) of at most ``most`` blocks each, whole heads where they fit."""
+    some_heads, some_blocks = max(1, most // max(1, blocks)), min(blocks, most)
+    for row in range(batch):
+        for head in range(0, heads, some_heads):
+            for block in range(0, blocks, some_blocks):
+                yield row, slice(head, head + some_heads), slice(block, block + some_blocks)
+
+
+def _is_compiling() -> bool:
+    """Whether this is being traced, where a loop over pieces would be unrolled."""
+    compiler = getattr(torch, "compiler", None)
+    is_compiling = getattr(compiler, "is_compiling", None)  # torch 2.3 and later
+    return torch.jit.is_tracing() or (is_compiling() if is_compiling else torch._dynamo.is_compiling())

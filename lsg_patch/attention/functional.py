@@ -1,0 +1,187 @@
+"""LSG attention as one function: local, sparse and global keys under one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lsg_patch.attention.backends import dense, sdpa
+from lsg_patch.attention.geometry import Geometry
+from lsg_patch.attention.keys import Keys
+from lsg_patch.attention.sparsity import (
+    SPARSITY_TYPES,
+    SelectionInputs,
+    draw_projections,
+    projection_shapes,
+    select,
+)
+
+BlockAttention = Callable[[Tensor, Keys, "Keys | None", Keys, Geometry, float, float], Tensor]
+BACKENDS: dict[str, BlockAttention] = {"dense": dense.block_attention, "sdpa": sdpa.block_attention}
+BACKEND_NAMES = ("auto", *BACKENDS)
+
+
+def make_geometry(
+    block_size: int,
+    sparse_block_size: int | None,
+    sparsity_factor: int | None,
+    sparsity_type: str | None,
+    is_causal: bool = False,
+) -> Geometry:
+    """The geometry of these settings; 0, None and "none" switch the sparse part off.
+
+    Raises:
+        ValueError: a size is negative or not divisible by the factor, or the type is unknown.
+    """
+    if sparsity_type is not None and sparsity_type not in SPARSITY_TYPES:
+        raise ValueError(
+            f"sparsity_type must be one of {', '.join(SPARSITY_TYPES)}, not {sparsity_type!r}"
+        )
+    off = sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor
+    # both are checked also where the part is off: a negative size is never meant
+    checked = Geometry(block_size, 0, sparsity_factor or 1, is_causal)
+    return checked if off else Geometry(block_size, sparse_block_size or 0, checked.sparsity_factor, is_causal)
+
+
+def lsg_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Tensor | None = None,
+    *,
+    block_size: int = 128,
+    sparse_block_size: int | None = 128,
+    sparsity_factor: int | None = 2,
+    sparsity_type: str | None = "norm",
+    num_global_tokens: int = 0,
+    first_token_global: bool = False,
+    is_causal: bool = False,
+    lsh_num_pre_rounds: int = 1,
+    lsh_projections: Sequence[Tensor] | None = None,
+    seed: int | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Local + sparse + global attention, linear in the sequence length.
+
+    The first ``num_global_tokens`` rows are global: they see everything and are seen by all. The
+    ``T`` rows after them see the global rows, their own block of ``block_size`` tokens and its
+    neighbours, and up to ``sparse_block_size`` sparse tokens on each side of these, one for every
+    ``sparsity_factor`` tokens. Up to ``2 * block_size`` tokens everything sees everything.
+
+    Args:
+        query, key, value: (B, H, N, D) with N = num_global_tokens + T, the global rows first.
+        padding_mask: (B, T) over the rows that are not global; True or 1 where a token is seen.
+            None: all are seen.
+        block_size: tokens a block, a multiple of ``sparsity_factor``.
+        sparse_block_size: sparse tokens seen on each side, a multiple of ``sparsity_factor``;
+            0 or None: no sparse part.
+        sparsity_type: norm, pooling, lsh, stride, block_stride, bos_pooling or none.
+        first_token_global: for sequences without global rows: token 0 is seen by all and sees all
+            (as in the reference's stand-alone layers). It stays in its place.
+        is_causal: a token sees only what stands before it. The global rows then see each other
+            alone, and the sparse tokens of the left side are seen.
+        lsh_num_pre_rounds, lsh_projections, seed: for "lsh": rounds before the last one; the
+            projections of all rounds, (H, D, hashes) each; or the seed that they are drawn from
+            (None is seed 0). The global random state is neither read nor changed.
+        dropout_p: of the attention probabilities.
+        scale: of the scores; ``D ** -0.5`` by default.
+        backend: "dense" (quadratic), "sdpa", or "auto".
+
+    Returns:
+        (B, H, N, D). Rows that see no key at all are finite and mean nothing.
+
+    Raises:
+        ValueError: a shape, a size or a name does not fit; the message names the argument.
+
+    Source: Condevaux & Harispe, arXiv 2210.15497.
+    """
+    geometry = make_geometry(
+        block_size, sparse_block_size, sparsity_factor, sparsity_type, is_causal
+    )
+    _check_tensors(query, key, value, padding_mask, num_global_tokens)
+    if backend not in BACKEND_NAMES:
+        raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, not {backend!r}")
+    if first_token_global and num_global_tokens:
+        raise ValueError("first_token_global=True needs num_global_tokens=0: there is one or the other")
+    tokens_mask = _boolean_mask(padding_mask, query, num_global_tokens)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if sparsity_type == "lsh" and lsh_projections is None:
+        shapes = projection_shapes(geometry, query.shape[1], query.shape[3], lsh_num_pre_rounds)
+        lsh_projections = draw_projections(shapes, seed)
+
+    selectable_mask = tokens_mask
+    if first_token_global:
+        query, key, value = (torch.cat([x[:, :, :1], x], dim=2) for x in (query, key, value))
+        # weighed pooling is by the first token's query, and counts that token where it stands
+        tokens_mask = tokens_mask & (torch.arange(tokens_mask.shape[-1], device=query.device) > 0)
+        if sparsity_type != "bos_pooling":
+            selectable_mask = tokens_mask
+    num_global = 1 if first_token_global else num_global_tokens
+
+    length = query.shape[2] - num_global
+    global_keys, tokens = _split(key, value, tokens_mask, num_global)
+    everything = Keys(key, value, torch.cat([global_keys.mask, tokens.mask], dim=-1))
+    if length <= geometry.full_length:
+        token_query = query[:, :, num_global:] if is_causal else query
+        out = dense.full_attention(token_query, everything, dropout_p, scale, is_causal)
+    else:
+        token_query = query[:, :, num_global:]
+        sparse = None
+        if geometry.has_sparse:
+            selectable = tokens._replace(mask=selectable_mask.unsqueeze(1))
+            first_query = token_query[:, :, 0]
+            sparse = select(
+                sparsity_type or "none",
+                SelectionInputs(selectable, geometry, first_query, scale, lsh_projections or ()),
+            )
+        attend = BACKENDS["sdpa" if backend == "auto" else backend]
+        out = attend(token_query, global_keys, sparse, tokens, geometry, dropout_p, scale)
+    if num_global and out.shape[2] == length:
+        seen = global_keys if is_causal else everything
+        rows = dense.full_attention(query[:, :, :num_global], seen, dropout_p, scale)
+        # joined as (B, N, H, D), the layout in which heads are joined for free
+        out = torch.cat([rows.transpose(1, 2), out.transpose(1, 2)], dim=1).transpose(1, 2)
+    if first_token_global:
+        return out[:, :, 1:] if is_causal else torch.cat([out[:, :, :1], out[:, :, 2:]], dim=2)
+    return out
+
+
+def _split(key: Tensor, value: Tensor, mask: Tensor, num_global: int) -> tuple[Keys, Keys]:
+    """The global rows, which are always seen, and the tokens."""
+    visible = mask.new_ones(mask.shape[0], 1, num_global)
+    global_keys = Keys(key[:, :, :num_global], value[:, :, :num_global], visible)
+    return global_keys, Keys(key[:, :, num_global:], value[:, :, num_global:], mask.unsqueeze(1))
+
+
+def _boolean_mask(mask: Tensor | None, query: Tensor, num_global: int) -> Tensor:
+    batch, length = query.shape[0], query.shape[2] - num_global
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=query.device)
+    return mask.to(torch.bool).expand(batch, length)
+
+
+def _check_tensors(
+    query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, num_global: int
+) -> None:
+    if query.dim() != 4:
+        raise ValueError(f"query must be (B, H, N, D), not of shape {tuple(query.shape)}")
+    for name, x in (("key", key), ("value", value)):
+        if x.shape != query.shape:
+            raise ValueError(
+                f"{name} must have the shape of query, {tuple(query.shape)}, not {tuple(x.shape)}"
+            )
+    batch, _, rows, _ = query.shape
+    if not 0 <= num_global <= rows:
+        raise ValueError(f"num_global_tokens={num_global} must be from 0 to the {rows} rows of query")
+    if padding_mask is None:
+        return
+    fits = padding_mask.dim() == 2 and padding_mask.shape[0] in (1, batch)
+    if not fits or padding_mask.shape[1] != rows - num_global:
+        raise ValueError(
+            f"padding_mask must be (B, T) = {(batch, rows - num_global)}: one entry for each row that "
+            f"is not global, not of shape {tuple(padding_mask.shape)}"
+        )

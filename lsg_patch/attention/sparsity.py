@@ -1,0 +1,204 @@
+"""The selections: which sparse tokens stand for the far part of a sequence.
+
+Each takes the tokens of a sequence and gives one sparse token for ``sparsity_factor`` tokens, in
+token order. A sparse token is seen when a token behind it is seen, whatever the dtype: padding
+never becomes visible.
+
+Source: Condevaux & Harispe (arXiv 2210.15497), section 3.2, and its reference implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lsg_patch.attention.geometry import Geometry
+from lsg_patch.attention.keys import Keys, additive, take_rows
+
+
+class SelectionInputs(NamedTuple):
+    """What a selection may look at.
+
+    ``tokens`` has (B, H, T, D) keys with a (B, 1, T) mask; ``first_query`` (B, H, D) is the first
+    token's query; ``projections`` are those of ``draw_projections``.
+    """
+
+    tokens: Keys
+    geometry: Geometry
+    first_query: Tensor
+    scale: float
+    projections: Sequence[Tensor]
+
+
+def select(sparsity_type: str, inputs: SelectionInputs) -> Keys:
+    """The sparse tokens of a sequence: (B, H, n, D) keys and values with a (B, 1 or H, n) mask."""
+    if inputs.geometry.sparsity_factor == 1:
+        return inputs.tokens
+    whole_blocks = _pad_to_multiple(inputs.tokens, inputs.geometry.block_size)
+    return SELECTIONS[sparsity_type](inputs._replace(tokens=whole_blocks))
+
+
+def _norm(inputs: SelectionInputs) -> Keys:
+    """The tokens of the longest keys in each chunk, the earlier one first among equals."""
+    tokens, geometry, *_ = inputs
+    tokens = _pad_to_multiple(tokens, geometry.chunk)
+    kept = geometry.chunk // geometry.sparsity_factor
+    key = tokens.key.detach()
+    half = key.dtype in (torch.float16, torch.bfloat16)
+    norm = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32 if half else None)
+    norm = norm.masked_fill(~tokens.mask, -1.0).unflatten(2, (-1, geometry.chunk))
+    order = torch.sort(norm, dim=-1, descending=True, stable=True).indices[..., :kept].flip(-1)
+    index = order + geometry.chunk * torch.arange(order.shape[2], device=key.device)[:, None]
+    return _take(tokens, index.flatten(2))
+
+
+def _stride(inputs: SelectionInputs) -> Keys:
+    """Every ``sparsity_factor``-th token; each head begins at another one."""
+    tokens, geometry, *_ = inputs
+    factor = geometry.sparsity_factor
+    heads, length = tokens.key.shape[1:3]
+    first = torch.arange(heads, device=tokens.key.device) % factor
+    index = first[:, None] + torch.arange(0, length, factor, device=first.device)
+    return _take(tokens, index.expand(tokens.key.shape[0], -1, -1))
+
+
+def _block_stride(inputs: SelectionInputs) -> Keys:
+    """A run of tokens in each block; each head takes the next run, around the block's end."""
+    tokens, geometry, *_ = inputs
+    heads, length = tokens.key.shape[1:3]
+    device = tokens.key.device
+    run = torch.arange(geometry.step, device=device)
+    run = run + geometry.step * torch.arange(heads, device=device)[:, None]
+    start = torch.arange(0, length, geometry.block_size, device=device)
+    index = (run % geometry.block_size)[:, None, :] + start[:, None]
+    return _take(tokens, index.flatten(1).expand(tokens.key.shape[0], -1, -1))
+
+
+def _pooling(inputs: SelectionInputs) -> Keys:
+    """The mean of the seen tokens of each run of ``sparsity_factor``."""
+    tokens, geometry, *_ = inputs
+    seen = tokens.mask.unflatten(2, (-1, geometry.sparsity_factor))
+    weights = seen.to(tokens.key.dtype)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    return _pool(tokens, weights, seen)
+
+
+def _bos_pooling(inputs: SelectionInputs) -> Keys:
+    """The mean of each run of ``sparsity_factor`` tokens, weighed by the first token's attention."""
+    tokens, geometry, first_query, scale, _ = inputs
+    scores = (tokens.key @ (first_query * scale).unsqueeze(-1)).squeeze(-1)
+    scores = scores + additive(tokens.mask, scores.dtype)
+    weights = scores.unflatten(2, (-1, geometry.sparsity_factor)).softmax(-1)
+    seen = tokens.mask.unflatten(2, (-1, geometry.sparsity_factor))
+    return _pool(tokens, weights, seen)
+
+
+def _lsh(inputs: SelectionInputs) -> Keys:
+    """The means of tokens whose keys fall into the same bucket of random projections.
+
+    The buckets of one round are the tokens of the next. Every round hashes sums of keys (their
+    direction is that of the mean); values and counts need only the bucket they end in.
+    """
+    geometry = inputs.geometry
+    if geometry.sparsity_factor == geometry.sparse_block_size:
+        return _bos_pooling(inputs)
+    tokens = _pad_to_multiple(inputs.tokens, geometry.chunk)
+    dtype = tokens.key.dtype
+    # sums of a whole chunk overflow float16 and lose bfloat16's few digits
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    seen = tokens.mask.unsqueeze(-1)
+    chunked = (-1, geometry.chunk)
+    with torch.autocast(tokens.key.device.type, enabled=False):
+        key = tokens.key.to(wide).masked_fill(~seen, 0).unflatten(2, chunked)
+        value = tokens.value.to(wide).masked_fill(~seen, 0).unflatten(2, chunked)
+        count = seen.to(wide).unflatten(2, chunked).expand(*key.shape[:-1], 1)
+        sizes = _round_sizes(geometry, len(inputs.projections))
+        for size, projection in zip(sizes, inputs.projections, strict=True):
+            bucket = _bucket(key.detach(), projection.to(wide))
+            key, value, count = (_sum_buckets(x, bucket, size) for x in (key, value, count))
+    filled = count.clamp(min=1)
+    mask = (count > 0).squeeze(-1).flatten(2)
+    return Keys((key / filled).to(dtype).flatten(2, 3), (value / filled).to(dtype).flatten(2, 3), mask)
+
+
+SELECTIONS: dict[str, Callable[[SelectionInputs], Keys]] = {
+    "norm": _norm,
+    "pooling": _pooling,
+    "lsh": _lsh,
+    "stride": _stride,
+    "block_stride": _block_stride,
+    "bos_pooling": _bos_pooling,
+}
+SPARSITY_TYPES = (*SELECTIONS, "none")
+
+
+def projection_shapes(
+    geometry: Geometry, heads: int, head_size: int, num_pre_rounds: int
+) -> list[tuple[int, int, int]]:
+    """Shapes (H, D, hashes) of the random projections of ``lsh``, one a round, the last round last."""
+    if not geometry.has_sparse or geometry.sparsity_factor in (1, geometry.sparse_block_size):
+        return []
+    return [(heads, head_size, size // 2) for size in _round_sizes(geometry, num_pre_rounds + 1)]
+
+
+def draw_projections(shapes: Sequence[tuple[int, int, int]], seed: int | None) -> tuple[Tensor, ...]:
+    """Standard normal projections of the given shapes, on the CPU and in float32.
+
+    They are drawn from ``seed`` (None is seed 0): the global random state is left alone.
+    """
+    generator = torch.Generator().manual_seed(0 if seed is None else seed)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def _round_sizes(geometry: Geometry, rounds: int) -> list[int]:
+    return [geometry.chunk] * (rounds - 1) + [geometry.chunk // geometry.sparsity_factor]
+
+
+def _bucket(key: Tensor, projection: Tensor) -> Tensor:
+    """The bucket (B, H, chunks, n) of each key (B, H, chunks, n, D)."""
+    if projection.shape[-1] == 0:
+        return torch.zeros(key.shape[:-1], dtype=torch.long, device=key.device)
+    hashed = F.normalize(key, dim=-1) @ projection.to(key.device).unsqueeze(1)
+    return torch.cat([hashed, -hashed], dim=-1).argmax(dim=-1)
+
+
+def _sum_buckets(x: Tensor, bucket: Tensor, size: int) -> Tensor:
+    """Sums (B, H, chunks, size, w) of the rows of ``x`` (B, H, chunks, n, w) that share a bucket."""
+    chunks = bucket.shape[:-1].numel()
+    flat = bucket.flatten(0, -2) + size * torch.arange(chunks, device=x.device)[:, None]
+    sums = x.new_zeros(chunks * size, x.shape[-1])
+    return sums.index_add(0, flat.flatten(), x.reshape(-1, x.shape[-1])).view(
+        *bucket.shape[:-1], size, x.shape[-1]
+    )
+
+
+def _pool(tokens: Keys, weights: Tensor, seen: Tensor) -> Keys:
+    """Weighted sums of runs of tokens: ``weights`` (B, 1 or H, runs, factor)."""
+
+    def pooled(x: Tensor) -> Tensor:
+        # one pass over slices: a product of tiny matrices for each run is many times slower
+        factor = weights.shape[-1]
+        total = x[:, :, ::factor] * weights[..., :1]
+        for i in range(1, factor):
+            total = torch.addcmul(total, x[:, :, i::factor], weights[..., i : i + 1])
+        return total
+
+    return Keys(pooled(tokens.key), pooled(tokens.value), seen.any(-1))
+
+
+def _take(tokens: Keys, index: Tensor) -> Keys:
+    mask = tokens.mask.expand(-1, tokens.key.shape[1], -1).gather(2, index)
+    return Keys(take_rows(tokens.key, index), take_rows(tokens.value, index), mask)
+
+
+def _pad_to_multiple(tokens: Keys, size: int) -> Keys:
+    """``tokens`` with masked ones appended up to a multiple of ``size``."""
+    missing = -tokens.key.shape[2] % size
+    if not missing:
+        return tokens
+    key, value = (F.pad(x, (0, 0, 0, missing)) for x in (tokens.key, tokens.value))
+    return Keys(key, value, F.pad(tokens.mask, (0, missing)))

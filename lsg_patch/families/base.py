@@ -1,0 +1,80 @@
+"""What is to be known of a model family to patch it: where things are, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+def no_offset(positions: nn.Module) -> int:
+    """Position 0 is the table's first row."""
+    return 0
+
+
+def after_padding_row(positions: nn.Module) -> int:
+    """Positions begin after the row of the padding index (RoBERTa: row 2)."""
+    padding_idx = positions.padding_idx
+    return 0 if padding_idx is None else int(padding_idx) + 1  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class AttentionNames:
+    """Attributes of a self-attention module: three projections, the heads, the dropout."""
+
+    query: str = "query"
+    key: str = "key"
+    value: str = "value"
+    heads: str = "num_attention_heads"
+    dropout: str = "dropout"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family as data. Paths are those of modules below the base model.
+
+    Attributes:
+        name: as in the error messages and tables.
+        base_classes: class names of the base models (also of what they are derived from).
+        attentions: the self-attention modules, ``*`` for the index of a layer.
+        stack: the module that runs the layers; what goes in and out of it is changed there.
+        embeddings: its output is what the global tokens are prepended to, and it holds them, so
+            that they stand in the state dict where the reference has them.
+        global_path: modules below ``embeddings`` that a global token passes, as a word does.
+        words, positions, token_types: the embedding tables below ``embeddings``.
+        position_offset: rows of the position table before that of position 0.
+        position_buffers: buffers of ``embeddings`` as long as the position table.
+        begins_with_cls: whether inputs begin with the cls/bos token, which the first global token
+            can then stand in for.
+        names: the attributes of a self-attention module.
+    """
+
+    name: str
+    base_classes: tuple[str, ...]
+    attentions: str = "encoder.layer.*.attention.self"
+    stack: str = "encoder"
+    embeddings: str = "embeddings"
+    global_path: tuple[str, ...] = ("LayerNorm", "dropout")
+    words: str = "word_embeddings"
+    positions: str = "position_embeddings"
+    token_types: str | None = "token_type_embeddings"
+    position_offset: Callable[[nn.Module], int] = no_offset
+    position_buffers: tuple[str, ...] = ("position_ids", "token_type_ids")
+    begins_with_cls: bool = True
+    names: AttentionNames = field(default_factory=AttentionNames)
+
+
+def find_modules(root: nn.Module, path: str) -> list[nn.Module]:
+    """The modules below ``root`` at ``path``, in order; ``*`` stands for every child.
+
+    Raises:
+        AttributeError: there is none of that name.
+    """
+    found = [root]
+    for part in path.split("."):
+        if part == "*":
+            found = [child for module in found for child in module.children()]
+        else:
+            found = [module.get_submodule(part) for module in found]
+    return found

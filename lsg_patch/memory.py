@@ -1,0 +1,124 @@
+"""Count the tensor memory a piece of code needs, on any device, without asking the device.
+
+Allocators report what a process holds (and on CPU nothing finer than that is to be had), which
+depends on what ran before. Here every operation is watched instead, so that two runs of the same
+code give the same number and a single quadratic tensor cannot hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+__all__ = ["PeakMemory", "peak_memory"]
+
+
+@dataclass
+class PeakMemory:
+    """What was allocated inside a `peak_memory()` block; updated while the block runs."""
+
+    peak_bytes: int = 0
+    """The most bytes of tensor storage, allocated inside the block, that were alive at once."""
+    largest_numel: int = 0
+    """Number of elements of the largest single tensor allocated inside the block."""
+    largest_shape: tuple[int, ...] = field(default=())
+    """The shape of that tensor."""
+
+
+class _AllocationCounter(TorchDispatchMode):
+    """Watches every operation and keeps the storages that were first seen as somebody's output."""
+
+    def __init__(self, result: PeakMemory) -> None:
+        super().__init__()
+        self.result = result
+        # Storage address -> (weak reference, bytes). The reference keeps the address from being
+        # used again (not the data from being freed), so an address is one storage as long as it
+        # is a key here. Weak references are asked rather than finalizers registered, because a
+        # storage's Python object is not kept alive with its storage before torch 2.2.
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Under inference_mode composite operations arrive whole (a `matmul`, an attention): what
+        # they allocate inside is seen only if they are taken apart here.
+        with self:
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+
+        out = func(*args, **kwargs)
+        # A storage that came in is not new: views, in-place and out= operations. `lift_fresh` is
+        # the exception: it is how `torch.tensor(...)` hands over the tensor it has just made.
+        given = set()
+        if func is not torch.ops.aten.lift_fresh.default:
+            given = {s._cdata for _, s in _storages((args, kwargs))}
+        self._forget_dead()
+        for tensor, storage in _storages(out):
+            self._see(tensor, storage, given)
+        self.result.peak_bytes = max(self.result.peak_bytes, self._bytes)
+        return out
+
+    def _see(self, tensor: torch.Tensor, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        known = self._alive.get(key)
+        if known is None and key in given:
+            return  # made before the block, or not by torch
+        if known is None:
+            self._alive[key] = (StorageWeakRef(storage), size)
+            self._bytes += size
+        elif known[1] != size:  # resized in place, e.g. by an out= operation
+            self._alive[key] = (known[0], size)
+            self._bytes += size - known[1]
+        else:
+            return
+        if tensor.numel() > self.result.largest_numel:
+            self.result.largest_numel = tensor.numel()
+            self.result.largest_shape = tuple(tensor.shape)
+
+    def _forget_dead(self) -> None:
+        dead = [key for key, (reference, _) in self._alive.items() if reference.expired()]
+        for key in dead:
+            self._bytes -= self._alive.pop(key)[1]
+
+
+def _storages(tree: Any) -> Iterator[tuple[torch.Tensor, torch.UntypedStorage]]:
+    """The tensors in `tree` that have a storage (sparse and wrapper tensors may have none)."""
+    for leaf in tree_flatten(tree)[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            try:
+                yield leaf, leaf.untyped_storage()
+            except (NotImplementedError, RuntimeError):
+                continue
+
+
+@contextmanager
+def peak_memory() -> Iterator[PeakMemory]:
+    """Measure the tensor memory (in bytes) of the operations in the `with` body.
+
+        with peak_memory() as memory:
+            model(**inputs)
+        memory.peak_bytes, memory.largest_numel
+
+    Counted are storages that operations of this thread return: each once, whatever views of it
+    there are, from its making until nothing refers to it. Not counted are tensors made before
+    the block (weights, inputs) and the scratch buffers inside one kernel; compiled functions are
+    one kernel in this sense, so measure eager code. Watching costs time: do not time a block
+    that is measured.
+    """
+    result = PeakMemory()
+    with _AllocationCounter(result):
+        yield result

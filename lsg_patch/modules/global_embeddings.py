@@ -1,0 +1,87 @@
+"""The global tokens: a trainable table, and what it holds at first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# the reference spreads its global tokens over so many positions
+REFERENCE_ROWS = 512
+
+
+class GlobalEmbeddings(nn.Module):
+    """``weight`` (num_global_tokens, width): the embeddings of the global tokens.
+
+    A longer table, as published checkpoints have it, is read by its first rows.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(rows)
+
+    def forward(self, batch_size: int) -> Tensor:
+        """(B, num_global_tokens, width)."""
+        return self.weight.expand(batch_size, -1, -1)
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.weight.shape))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = prefix + "weight"
+        rows = state_dict.get(name)
+        if isinstance(rows, Tensor) and rows.shape[1:] == self.weight.shape[1:]:
+            # the caller's dictionary stays as it is
+            state_dict = {**state_dict, name: rows[: len(self.weight)]}
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+def strided_positions(num_positions: int, stride: int, device: torch.device | None = None) -> Tensor:
+    """The order in which global tokens take the positions of a table, far apart from each other.
+
+    Of a table of more than 512 positions every ``num_positions // 512``-th is taken, 512 in all.
+    With ``s`` the stride counted in these: 0, s, 2s, ..., then 1, 1 + s, ... Defined for every
+    number of positions and every stride (the reference fails for some of them).
+    """
+    every = max(1, num_positions // REFERENCE_ROWS)
+    positions = torch.arange(min(num_positions // every, REFERENCE_ROWS), device=device)
+    step = max(1, stride // every)
+    return every * positions[torch.sort(positions % step, stable=True).indices]
+
+
+def initial_rows(
+    words: Tensor,
+    positions: Tensor,
+    token_type: Tensor | None,
+    *,
+    num_global_tokens: int,
+    stride: int,
+    bos_id: int,
+    mask_id: int | None,
+    seed: int | None = None,
+) -> Tensor:
+    """What the global tokens are before any training: (num_global_tokens, width).
+
+    The first is the cls/bos token at position 0, so that it can stand in for the first token of an
+    input; the others are mask tokens at positions spread by ``stride``. With ``mask_id`` None they
+    are drawn from a normal distribution of the mean and the covariance of ``words``.
+
+    Args:
+        words: (vocabulary, width).
+        positions: (n, width), the rows of the table from position 0 on.
+        token_type: (width,), the first token type, where the family has such.
+    """
+    order = strided_positions(len(positions), stride, positions.device)
+    rows = positions[order[torch.arange(num_global_tokens, device=order.device) % len(order)]]
+    if mask_id is None:
+        generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        mean = words.float().mean(0)
+        noise = torch.randn(num_global_tokens, len(words), generator=generator).to(words.device)
+        # a product with the centred table has the table's covariance, of whatever rank it is
+        drawn = mean + noise @ (words.float() - mean) / max(1, len(words) - 1) ** 0.5
+        word = torch.cat([words[bos_id][None], drawn[1:].to(words.dtype)])
+    else:
+        word = words[torch.tensor([bos_id] + [mask_id] * (num_global_tokens - 1), device=words.device)]
+    rows = word + rows
+    return rows if token_type is None else rows + token_type

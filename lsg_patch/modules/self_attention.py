@@ -1,0 +1,111 @@
+"""A self-attention module that attends by LSG, made of one that attends to everything."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lsg_patch.attention import draw_projections, lsg_attention, projection_shapes
+from lsg_patch.config import LSGConfig
+from lsg_patch.families import AttentionNames
+from lsg_patch.modules.stack import Layout
+from lsg_patch.undo import Journal
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """What a swapped module knows: the settings, its own attributes' names, the number of rounds."""
+
+    config: LSGConfig
+    names: AttentionNames
+    rounds: int = 0
+
+
+class LSGSelfAttention(nn.Module):
+    """Mixed into the class of a self-attention module; its projections are the module's own.
+
+    The module stays the same object, with the same parameters, hooks and children, and stays an
+    instance of the class that it was.
+    """
+
+    lsg: AttentionState
+    original: type[nn.Module]
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """``hidden_states`` (B, num_global_tokens + T, width); the mask is the stack's ``Layout``.
+
+        Returns the context (B, num_global_tokens + T, width), and None for the attention maps.
+        """
+        if not isinstance(attention_mask, Layout):
+            raise RuntimeError(
+                f"{type(self).__name__} runs inside its model only: the layer stack lays its input "
+                "out. Call the model, or unpatch it to use a layer alone"
+            )
+        config, names = self.lsg.config, self.lsg.names
+        heads = getattr(self, names.heads)
+        query, key, value = (
+            getattr(self, name)(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for name in (names.query, names.key, names.value)
+        )
+        context = lsg_attention(
+            query,
+            key,
+            value,
+            attention_mask.key_mask,
+            block_size=config.block_size,
+            sparse_block_size=config.sparse_block_size,
+            sparsity_factor=config.sparsity_factor,
+            sparsity_type=config.sparsity_type,
+            num_global_tokens=config.num_global_tokens,
+            lsh_projections=[getattr(self, _projection_name(i)) for i in range(self.lsg.rounds)],
+            dropout_p=self._dropout_p(),
+            backend=config.backend,
+        )
+        return context.transpose(1, 2).flatten(2), None
+
+    def _dropout_p(self) -> float:
+        if not self.training:
+            return 0.0
+        given = self.lsg.config.attention_probs_dropout_prob
+        own = getattr(self, self.lsg.names.dropout)
+        return float(given if given is not None else getattr(own, "p", own))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time: a copy or a pickle names the class it was made of
+        return _blank, (self.original,), self.__dict__.copy()
+
+
+@functools.cache
+def lsg_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``cls``, a self-attention class, that attends by LSG."""
+    return type(f"LSG{cls.__name__}", (LSGSelfAttention, cls), {"__module__": __name__, "original": cls})
+
+
+def swap_attention(
+    module: nn.Module, config: LSGConfig, names: AttentionNames, seed: int, journal: Journal
+) -> None:
+    """Make ``module`` attend by LSG."""
+    shapes: list[tuple[int, int, int]] = []
+    if config.sparsity_type == "lsh":
+        heads = getattr(module, names.heads)
+        head_size = getattr(module, names.query).out_features // heads
+        shapes = projection_shapes(config.geometry(), heads, head_size, config.lsh_num_pre_rounds)
+    like = next(module.parameters())
+    for i, projection in enumerate(draw_projections(shapes, seed)):
+        # buffers, so that they move with the module and reach its replicas
+        journal.add_buffer(module, _projection_name(i), projection.to(like))
+    journal.set_attribute(module, "lsg", AttentionState(config, names, len(shapes)))
+    journal.set_class(module, lsg_class(type(module)))
+
+
+def _projection_name(index: int) -> str:
+    return f"lsh_projection_{index}"
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    """An LSG module of class ``cls`` without contents; whoever copies it fills it."""
+    made = lsg_class(cls)
+    return made.__new__(made)

@@ -1,0 +1,280 @@
+"""The edges of the layer stack: global tokens and padding go in, and come out again.
+
+All of it are hooks on the base model, its embeddings and its stack: outside every checkpointed
+layer. A hook refers to no module, so that copies, pickles and replicas of a model work; what the
+layers need travels as their mask argument, so that it is there when a layer runs again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lsg_patch.config import LSGConfig
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """How a batch lies in the stack; the layers receive it in place of a padding mask.
+
+    A row of the stack is [global tokens | the row's tokens from its first real one on | padding].
+    Padding on the left is turned to the right side: then blocks begin where the text begins, and
+    results do not depend on how much padding there was.
+
+    Attributes:
+        key_mask: (1 or B, T) over the tokens of the stack, True where one is seen as a key; None:
+            all are seen.
+        rows: (1 or B, T0): the stack's row that each token of the input is given back from.
+    """
+
+    key_mask: Tensor | None
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A parameter of a forward, found by keyword or by position (None: by keyword only)."""
+
+    name: str
+    position: int | None
+
+    @classmethod
+    def of(cls, name: str, parameters: tuple[str, ...]) -> Argument:
+        return cls(name, parameters.index(name) if name in parameters else None)
+
+    def get(self, args: Args, kwargs: Kwargs) -> Any:
+        if self.position is not None and self.position < len(args):
+            return args[self.position]
+        return kwargs[self.name] if self.name in kwargs else None
+
+    def put(self, value: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if self.position is not None and self.position < len(args):
+            return args[: self.position] + (value,) + args[self.position + 1 :], kwargs
+        return args, {**kwargs, self.name: value}
+
+
+def lay_out(mask: Tensor | None, length: int, config: LSGConfig, device: torch.device) -> Layout:
+    """The layout of inputs of ``length`` tokens with the padding mask (B, length), True for tokens."""
+    padded = config.geometry().padded(length)
+    slot = torch.arange(padded, device=device)[None]
+    position = torch.arange(length, device=device)[None]
+    if mask is None:
+        first = torch.zeros(1, 1, dtype=torch.long, device=device)
+        key_mask = slot < length
+    else:
+        first = mask.int().argmax(dim=1, keepdim=True)
+        key_mask = mask.gather(1, (slot + first) % length) & (slot < length)
+    if config.mask_first_token:
+        key_mask = key_mask & (slot > 0)
+    rows = config.num_global_tokens + (position - first) % length
+    if config.pool_with_global and config.num_global_tokens:
+        # the first global token stands in for the first real one, and for padding before it
+        rows = rows.masked_fill(position <= first, 0)
+    nothing_hidden = mask is None and padded == length and not config.mask_first_token
+    return Layout(None if nothing_hidden else key_mask, rows)
+
+
+def enter(hidden: Tensor, mask: Tensor | None, config: LSGConfig) -> tuple[Tensor, Layout]:
+    """``hidden`` (B, g + T0, width), as the embeddings gave it, laid out for the stack."""
+    num_global = config.num_global_tokens
+    length = hidden.shape[1] - num_global
+    layout = lay_out(mask, length, config, hidden.device)
+    padded = config.geometry().padded(length)
+    if mask is None:
+        return (F.pad(hidden, (0, 0, 0, padded - length)) if padded > length else hidden), layout
+    first = mask.int().argmax(dim=1, keepdim=True)
+    slot = torch.arange(padded, device=hidden.device)
+    tokens = num_global + (slot + first) % length
+    globals_ = torch.arange(num_global, device=hidden.device).expand(len(tokens), -1)
+    return _take_rows(hidden, torch.cat([globals_, tokens], dim=1)), layout
+
+
+def leave(hidden: Tensor, layout: Layout) -> Tensor:
+    """``hidden`` (B, g + T, width) of the stack as (B, T0, width), in the input's order."""
+    return _take_rows(hidden, layout.rows)
+
+
+@dataclass(frozen=True)
+class EnterModel:
+    """Before the base model: checks its input and keeps the padding mask compact."""
+
+    config: LSGConfig
+    ids: Argument
+    embeds: Argument
+    mask: Argument
+    positions: Argument
+    head_mask: Argument
+    wants_attentions: Argument
+    four_dimensions: bool
+
+    def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if self.head_mask.get(args, kwargs) is not None:
+            raise ValueError("head_mask is not supported while a model is patched: pass None")
+        if wants(self.wants_attentions, base, args, kwargs):
+            warnings.warn(
+                "output_attentions: a model patched by lsg_patch computes no (T, T) attention maps; "
+                "attentions are None",
+                stacklevel=1,
+            )
+        given = self.ids.get(args, kwargs)
+        given = self.embeds.get(args, kwargs) if given is None else given
+        if given is None:
+            return args, kwargs  # the model itself has an error for this
+        batch, length = given.shape[:2]
+        self._check_length(length, self.positions.get(args, kwargs) is not None)
+        mask = self.mask.get(args, kwargs)
+        if mask is None:
+            return args, kwargs
+        if mask.dim() != 2 or mask.shape[1] != length or mask.shape[0] not in (1, batch):
+            raise ValueError(
+                f"attention_mask must be (B, T) = {(batch, length)}, 1 for tokens and 0 for padding, "
+                f"while a model is patched, not of shape {tuple(mask.shape)}"
+            )
+        mask = mask.expand(batch, length)
+        if self.four_dimensions:
+            mask = mask[:, None, None, :].to(torch.bool)
+        return self.mask.put(mask, args, kwargs)
+
+    def _check_length(self, length: int, has_positions: bool) -> None:
+        config = self.config
+        if length == 0:
+            raise ValueError("the input has no tokens: its length is 0")
+        if length > config.max_position_embeddings and not has_positions:
+            raise ValueError(
+                f"the input has {length} tokens, the patched model {config.max_position_embeddings} "
+                "positions: truncate it, or patch with a larger max_position_embeddings"
+            )
+        if not config.adaptive and config.geometry().padded(length) != length:
+            raise ValueError(
+                f"adaptive=False and the input's {length} tokens are no multiple of "
+                f"block_size={config.block_size}: pad it, or patch with adaptive=True"
+            )
+
+
+@dataclass(frozen=True)
+class PrependGlobals:
+    """After the embeddings: global tokens in front, having passed what a word passes."""
+
+    path: tuple[str, ...]
+
+    def __call__(self, embeddings: nn.Module, args: Args, output: Tensor) -> Tensor:
+        rows: Tensor = embeddings.global_embeddings(len(output))  # type: ignore[operator]
+        for name in self.path:
+            rows = getattr(embeddings, name)(rows)
+        return torch.cat([rows.to(output.dtype), output], dim=1)
+
+
+@dataclass(frozen=True)
+class EnterStack:
+    """Before the layer stack: hidden states and the mask argument are laid out."""
+
+    config: LSGConfig
+    hidden: Argument
+    mask: Argument
+
+    def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        hidden = self.hidden.get(args, kwargs)
+        mask = as_padding_mask(self.mask.get(args, kwargs))
+        length = hidden.shape[1] - self.config.num_global_tokens
+        if mask is not None and mask.shape[1] != length:
+            raise ValueError(
+                f"the layer stack got {hidden.shape[1]} hidden states and a mask of {mask.shape[1]} "
+                f"tokens: {self.config.num_global_tokens} more are needed, the global tokens that the "
+                "patched embeddings give. Call the whole model, or unpatch it"
+            )
+        hidden, layout = enter(hidden, mask, self.config)
+        args, kwargs = self.hidden.put(hidden, args, kwargs)
+        return self.mask.put(layout, args, kwargs)
+
+
+@dataclass(frozen=True)
+class LeaveStack:
+    """After the layer stack: its output, and hidden states that it collected, in the input's order."""
+
+    mask: Argument
+    collects_hidden_states: bool
+
+    def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        layout = self.mask.get(args, kwargs)
+
+        def give_back(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return leave(value, layout)
+            if self.collects_hidden_states and _are_hidden_states(value):
+                return tuple(leave(x, layout) for x in value)
+            return value
+
+        return _map_output(output, give_back)
+
+
+@dataclass(frozen=True)
+class LeaveModel:
+    """After the base model: hidden states that its own hooks recorded inside the stack."""
+
+    config: LSGConfig
+    mask: Argument
+    wants_attentions: Argument
+    num_layers: int
+
+    def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        last = output[0]
+        mask = as_padding_mask(self.mask.get(args, kwargs))
+        layout = lay_out(mask, last.shape[1], self.config, last.device)
+
+        def give_back(value: Any) -> Any:
+            if _are_hidden_states(value):
+                # the last one was replaced by the output, which has left the stack already
+                return tuple(x if x is last else leave(x, layout) for x in value)
+            return value
+
+        output = _map_output(output, give_back)
+        if not isinstance(output, tuple) and wants(self.wants_attentions, base, args, kwargs):
+            output["attentions"] = (None,) * self.num_layers
+        return output
+
+
+def wants(argument: Argument, base: nn.Module, args: Args, kwargs: Kwargs) -> bool:
+    """Whether an output was asked for, in the call or else in the model's config."""
+    value = argument.get(args, kwargs)
+    return bool(getattr(base.config, argument.name, False) if value is None else value)
+
+
+def as_padding_mask(mask: Tensor | None) -> Tensor | None:
+    """(B, T), True for tokens, of a mask (B, 1, 1 or T, T) that is boolean or is added to scores."""
+    if mask is None:
+        return None
+    mask = mask[:, 0, -1] if mask.dim() == 4 else mask
+    if mask.is_floating_point():
+        return mask > -1  # 0, or a large penalty
+    return mask.to(torch.bool)
+
+
+def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows (1 or B, n) of ``x`` (B, m, width), as (B, n, width)."""
+    if len(rows) == 1:
+        return x.index_select(1, rows[0])
+    batch, length = x.shape[:2]
+    flat = rows + length * torch.arange(batch, device=x.device)[:, None]
+    return x.reshape(batch * length, -1).index_select(0, flat.flatten()).view(batch, rows.shape[1], -1)
+
+
+def _are_hidden_states(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(
+        isinstance(x, Tensor) and x.dim() == 3 for x in value
+    )
+
+
+def _map_output(output: Any, change: Any) -> Any:
+    """``change`` applied to the values of a model output, of a tuple, or of a lone tensor."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple):
+        return tuple(change(value) for value in output)
+    return type(output)(**{name: change(value) for name, value in output.items()})

@@ -1,0 +1,347 @@
+"""patch_model and its reversal: the only place that changes a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lsg_patch import compat
+from lsg_patch.attention import SPARSITY_TYPES  # noqa: F401  (documented below)
+from lsg_patch.config import LSGConfig
+from lsg_patch.families import Family, find_base, find_modules
+from lsg_patch.modules import stack
+from lsg_patch.modules.global_embeddings import GlobalEmbeddings, initial_rows
+from lsg_patch.modules.position_table import resize_buffers, resize_positions
+from lsg_patch.modules.self_attention import LSGSelfAttention, swap_attention
+from lsg_patch.tokenizer import find_token_ids, set_max_length
+from lsg_patch.undo import Journal
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+GLOBAL_EMBEDDINGS = "global_embeddings"
+PATCH = "_lsg_patch"
+
+
+@dataclass
+class Patch:
+    """What a patched base model carries: its settings, and how to undo them."""
+
+    config: LSGConfig
+    family: str
+    journal: Journal
+
+
+def patch_model(
+    model: Model,
+    block_size: int | LSGConfig = 128,
+    sparsity_type: str = "norm",
+    *,
+    sparse_block_size: int | None = 128,
+    sparsity_factor: int | None = 2,
+    num_global_tokens: int = 1,
+    max_position_embeddings: int = 4096,
+    mask_first_token: bool | None = None,
+    pool_with_global: bool = True,
+    adaptive: bool = True,
+    lsh_num_pre_rounds: int = 1,
+    pass_global_tokens_to_decoder: bool = False,
+    attention_probs_dropout_prob: float | None = None,
+    global_positional_stride: int = 64,
+    random_global_init: bool = False,
+    tokenizer: Any = None,
+    backend: str = "auto",
+    seed: int | None = None,
+) -> Model:
+    """Make a loaded model read long inputs, in place: LSG attention, more positions, global tokens.
+
+    The model stays what it is: its class, its heads, its parameters (only the position table is a
+    new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
+
+    Args:
+        model: a model of a supported family, with or without a head, or a module that holds one.
+        block_size: tokens a block, or an ``LSGConfig`` in place of all settings.
+        tokenizer: where the ids of the cls/bos and mask tokens come from, and whose
+            ``model_max_length`` is set to ``max_position_embeddings``. By default the ids come from
+            the model's config, else from the tokenizer of ``config._name_or_path``.
+
+    For all other arguments see ``LSGConfig``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: a setting is wrong, two do not fit, the model is patched already, is a decoder,
+            has relative positions, or a token id is not to be found.
+        TypeError: ``model`` is not of a supported family.
+
+    A patch that fails leaves the model as it was.
+    """
+    given = dict(locals())
+    settings = {field.name: given[field.name] for field in fields(LSGConfig)}
+    config = _config(block_size, settings)
+    base, family = find_base(model)
+    config = config.with_family_default(family.begins_with_cls)
+    plan = _plan(base, family, config, tokenizer)
+    journal = Journal()
+    try:
+        _apply(base, family, config, plan, tokenizer, journal)
+        journal.set_attribute(base, PATCH, Patch(config, family.name, journal))
+    except BaseException:
+        journal.undo()
+        raise
+    logger.info(
+        "patched %s: %d attention modules, %d positions, %d global tokens",
+        type(base).__name__,
+        len(plan.attentions),
+        config.max_position_embeddings,
+        config.num_global_tokens,
+    )
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Give back what ``patch_model`` changed, exactly; returns ``model``.
+
+    Parameters of the attention were the same all the time, so what they learned stays. The
+    position table is the old parameter again; its rows keep what they learned. Global tokens go.
+
+    Raises:
+        ValueError: ``model`` is not patched.
+    """
+    for base in _require_patched(model):
+        for module in base.modules():
+            _drop_stale_forward(module)
+        patch: Patch = vars(base)[PATCH]
+        patch.journal.undo()
+    return model
+
+
+@contextmanager
+def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
+    """``with patched(model, ...):`` patches on entering and reverts on leaving, also by an exception.
+
+    Takes the arguments of ``patch_model`` and gives the model.
+    """
+    patch_model(model, *args, **kwargs)
+    try:
+        yield model
+    finally:
+        if is_patched(model):
+            unpatch_model(model)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether ``model`` is patched, or holds a model that is."""
+    return bool(_patched_bases(model))
+
+
+def get_config(model: nn.Module) -> LSGConfig:
+    """The settings in force in a patched model; defaults of its family are filled in.
+
+    Raises:
+        ValueError: ``model`` is not patched.
+    """
+    config: LSGConfig = vars(_require_patched(model)[0])[PATCH].config
+    return config
+
+
+def global_embeddings(model: nn.Module) -> nn.Parameter:
+    """The trainable embeddings of the global tokens, (num_global_tokens, width).
+
+    Raises:
+        ValueError: ``model`` is not patched, or patched with ``num_global_tokens=0``.
+    """
+    for module in _require_patched(model)[0].modules():
+        if isinstance(module, GlobalEmbeddings):
+            return module.weight
+    raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
+
+
+@dataclass
+class Plan:
+    """What was found in a model, before anything is changed."""
+
+    attentions: list[nn.Module]
+    stack: nn.Module
+    embeddings: nn.Module
+    positions: nn.Embedding
+    offset: int
+    global_rows: torch.Tensor | None
+
+
+def _config(block_size: int | LSGConfig, settings: dict[str, Any]) -> LSGConfig:
+    if not isinstance(block_size, LSGConfig):
+        return LSGConfig(**settings)
+    defaults = LSGConfig()
+    others = [
+        name
+        for name, value in settings.items()
+        if name != "block_size" and value != getattr(defaults, name)
+    ]
+    if others:
+        raise TypeError(
+            f"an LSGConfig was given and {', '.join(others)} as well: put all settings into one of them"
+        )
+    return block_size
+
+
+def _plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any) -> Plan:
+    """Find everything that will be changed and check it; changes nothing."""
+    model_config: Any = base.config
+    if is_patched(base):
+        raise ValueError(
+            f"{type(base).__name__} is patched already: unpatch_model(model) first, then patch it anew"
+        )
+    if getattr(model_config, "is_decoder", False):
+        raise ValueError(
+            "decoders (config.is_decoder=True) are not supported yet: set config.is_decoder=False "
+            "before loading, to use the model as an encoder"
+        )
+    if compat.has_relative_positions(model_config):
+        raise ValueError(
+            f"position_embedding_type={model_config.position_embedding_type!r}: relative positions "
+            "are part of the attention itself and cannot be patched; use a model with absolute ones"
+        )
+    try:
+        embeddings = base.get_submodule(family.embeddings)
+        positions = embeddings.get_submodule(family.positions)
+        words = embeddings.get_submodule(family.words)
+        token_types = embeddings.get_submodule(family.token_types) if family.token_types else None
+        layers = base.get_submodule(family.stack)
+        attentions = find_modules(base, family.attentions)
+        for name in family.global_path:
+            embeddings.get_submodule(name)
+        for module in attentions:
+            for name in (family.names.query, family.names.key, family.names.value):
+                module.get_submodule(name)
+            getattr(module, family.names.heads), getattr(module, family.names.dropout)
+    except AttributeError as error:
+        raise TypeError(
+            f"{type(base).__name__} is not built like a {family.name} model: {error}"
+        ) from error
+    if not attentions:
+        raise ValueError(f"{type(base).__name__} has no layers: there is nothing to patch")
+    for module in (base, embeddings, layers, *attentions):
+        own = vars(module).get("forward")
+        if own is not None and not compat.is_left_behind(module, own):
+            raise ValueError(
+                f"the forward of a {type(module).__name__} was replaced by {own!r}, which would hide "
+                "the patch: patch the model first, or take the replacement away"
+            )
+    assert isinstance(positions, nn.Embedding) and isinstance(words, nn.Embedding)
+    offset = family.position_offset(positions)
+    rows, target = positions.num_embeddings, config.max_position_embeddings + offset
+    if model_config.max_position_embeddings not in (rows, target):
+        raise ValueError(
+            f"config.max_position_embeddings is {model_config.max_position_embeddings}, but the model "
+            f"has a table of {rows}. If the config object is shared with another patched model, give "
+            "this one its own (model.config = copy.deepcopy(model.config)); else set it to the table's"
+        )
+    if target < rows:
+        logger.warning(
+            "max_position_embeddings=%d shortens the model's %d positions",
+            config.max_position_embeddings,
+            rows - offset,
+        )
+    heads = getattr(attentions[0], family.names.heads)
+    factor = config.sparsity_factor or 0
+    if config.sparsity_type in ("stride", "block_stride") and factor > heads:
+        logger.warning(
+            "sparsity_factor=%d is more than the %d heads: some tokens are seen by none of them",
+            factor,
+            heads,
+        )
+    global_rows = None
+    if config.num_global_tokens:
+        needs_mask = config.num_global_tokens > 1 and not config.random_global_init
+        bos_id, mask_id = find_token_ids(model_config, tokenizer, needs_mask)
+        types = token_types.weight[0].detach() if isinstance(token_types, nn.Embedding) else None
+        global_rows = initial_rows(
+            words.weight.detach(),
+            positions.weight.detach()[offset:],
+            types,
+            num_global_tokens=config.num_global_tokens,
+            stride=config.global_positional_stride,
+            bos_id=bos_id,
+            mask_id=mask_id if not config.random_global_init else None,
+            seed=config.seed,
+        )
+    return Plan(attentions, layers, embeddings, positions, offset, global_rows)
+
+
+def _apply(
+    base: nn.Module, family: Family, config: LSGConfig, plan: Plan, tokenizer: Any, journal: Journal
+) -> None:
+    """Make the changes, recording each of them."""
+    for module in base.modules():
+        _drop_stale_forward(module)
+    length = config.max_position_embeddings
+    resize_positions(plan.positions, plan.offset, length, journal)
+    resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
+    if base.config.max_position_embeddings != length + plan.offset:
+        journal.set_attribute(base.config, "max_position_embeddings", length + plan.offset)
+    for name, value in compat.settings_for_linear_masks(base).items():
+        journal.set_attribute(base, name, value)
+    for index, module in enumerate(plan.attentions):
+        # every layer its own projections; a seed gives the same ones each time
+        swap_attention(module, config, family.names, (config.seed or 0) + index, journal)
+    if plan.global_rows is not None:
+        journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
+        prepend = stack.PrependGlobals(family.global_path)
+        journal.add_hook(plan.embeddings.register_forward_hook(prepend, prepend=True))
+    _hook_edges(base, plan, config, journal)
+    if tokenizer is not None and hasattr(tokenizer, "model_max_length"):
+        journal.record(set_max_length(tokenizer, length))
+
+
+def _hook_edges(base: nn.Module, plan: Plan, config: LSGConfig, journal: Journal) -> None:
+    of_base = compat.forward_parameters(base)
+    of_stack = compat.forward_parameters(plan.stack)
+    mask = stack.Argument.of("attention_mask", of_base)
+    attentions = stack.Argument.of("output_attentions", of_base)
+    enter_model = stack.EnterModel(
+        config,
+        ids=stack.Argument.of("input_ids", of_base),
+        embeds=stack.Argument.of("inputs_embeds", of_base),
+        mask=mask,
+        positions=stack.Argument.of("position_ids", of_base),
+        head_mask=stack.Argument.of("head_mask", of_base),
+        wants_attentions=attentions,
+        four_dimensions=compat.passes_masks_of_four_dimensions(base),
+    )
+    journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
+    stack_mask = stack.Argument.of("attention_mask", of_stack)
+    enter_stack = stack.EnterStack(config, stack.Argument(of_stack[0], 0), stack_mask)
+    journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
+    # before other hooks on the outputs, which then see what the unpatched model gives
+    collects = compat.stack_collects_hidden_states(plan.stack)
+    leave_stack = stack.LeaveStack(stack_mask, collects)
+    journal.add_hook(
+        plan.stack.register_forward_hook(leave_stack, with_kwargs=True, prepend=True)
+    )
+    if not collects:
+        leave_model = stack.LeaveModel(config, mask, attentions, len(plan.attentions))
+        journal.add_hook(base.register_forward_hook(leave_model, with_kwargs=True, prepend=True))
+
+
+def _drop_stale_forward(module: nn.Module) -> None:
+    own = vars(module).get("forward")
+    if own is not None and compat.is_left_behind(module, own):
+        del module.forward
+
+
+def _patched_bases(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if PATCH in vars(module)]
+
+
+def _require_patched(model: nn.Module) -> list[nn.Module]:
+    bases = _patched_bases(model)
+    if not bases:
+        raise ValueError(f"{type(model).__name__} is not patched: patch_model(model) patches it")
+    return bases

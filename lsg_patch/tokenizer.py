@@ -1,0 +1,87 @@
+"""What a patch needs of a tokenizer: the ids of two tokens, and a place for the new length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# first the one that inputs of an encoder begin with
+BOS_NAMES = ("cls_token_id", "bos_token_id")
+MASK_NAMES = ("mask_token_id",)
+
+
+def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, int | None]:
+    """Ids of the cls/bos token and of the mask token (None where it is not needed).
+
+    They come from ``tokenizer``; where it is None from the model's config, else from the tokenizer
+    of ``config._name_or_path``.
+
+    Raises:
+        ValueError: an id is not to be found or not in the vocabulary; ids are never guessed.
+    """
+    wanted = [("cls or bos", BOS_NAMES)] + [("mask", MASK_NAMES)] * needs_mask
+    sources = [tokenizer] if tokenizer is not None else [config]
+    found = [_first_id(sources, names) for _, names in wanted]
+    why = ""
+    if None in found and tokenizer is None:
+        loaded, why = _tokenizer_of(config)
+        sources.append(loaded)
+        found = [_first_id(sources, names) for _, names in wanted]
+    for (kind, names), value in zip(wanted, found, strict=True):
+        if value is None:
+            where = "the tokenizer" if tokenizer is not None else f"the model's config{why}"
+            raise ValueError(
+                f"no {kind} token id for the global tokens: {where} has no {' or '.join(names)}. "
+                "Pass tokenizer= (the model's tokenizer), or set the id on model.config, or use "
+                "num_global_tokens=0"
+            )
+        if not 0 <= value < config.vocab_size:
+            raise ValueError(
+                f"the {kind} token id {value} is outside the model's vocabulary of "
+                f"{config.vocab_size}: pass the model's own tokenizer as tokenizer="
+            )
+    bos = found[0]
+    assert bos is not None
+    return bos, found[1] if needs_mask else None
+
+
+def _first_id(sources: list[Any], names: tuple[str, ...]) -> int | None:
+    values = (getattr(source, name, None) for source in sources for name in names)
+    return next((int(value) for value in values if value is not None), None)
+
+
+def _tokenizer_of(config: Any) -> tuple[Any, str]:
+    """The tokenizer that belongs to a config, or None and the reason."""
+    path = getattr(config, "_name_or_path", "")
+    if not path:
+        return None, ", which names no checkpoint to take a tokenizer from (_name_or_path),"
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path), f" and the tokenizer of {path!r}"
+    except Exception as error:  # whatever a missing file, network or package raises
+        return None, f" (and the tokenizer of {path!r} does not load: {error})"
+
+
+def set_max_length(tokenizer: Any, length: int) -> LimitSet:
+    """Let ``tokenizer`` truncate at ``length`` tokens; returns the change, to be taken back."""
+    change = LimitSet(tokenizer, tokenizer.model_max_length, length)
+    tokenizer.model_max_length = length
+    return change
+
+
+@dataclass
+class LimitSet:
+    """A tokenizer's limit. A copy of the model has no part in it: only the model itself undoes it."""
+
+    tokenizer: Any
+    old: int
+    new: int
+
+    def undo(self) -> None:
+        # somebody else's limit is left alone
+        if self.tokenizer is not None and self.tokenizer.model_max_length == self.new:
+            self.tokenizer.model_max_length = self.old
+
+    def __reduce__(self) -> Any:
+        return LimitSet, (None, self.old, self.new)
