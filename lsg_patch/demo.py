@@ -444,7 +444,6 @@ def measure(options: DemoOptions) -> dict[str, Any]:
         "block_size": options.block_size,
         "sparsity_type": options.sparsity_type,
         "documents": len(documents),
-        "document_tokens": sum(count_tokens([d.text for d in documents])),
         "queries": len(queries),
         "sides": [asdict(side) for side in sides],
         "compared_after_revert": len(samples),

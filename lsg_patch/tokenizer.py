@@ -60,7 +60,8 @@ def _tokenizer_of(config: Any) -> tuple[Any, str]:
     try:
         return AutoTokenizer.from_pretrained(path), f" and the tokenizer of {path!r}"
     except Exception as error:  # whatever a missing file, network or package raises
-        return None, f" (and the tokenizer of {path!r} does not load: {error})"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return None, f" (and the tokenizer of {path!r} does not load: {reason})"
 
 
 def set_max_length(tokenizer: Any, length: int) -> LimitSet:

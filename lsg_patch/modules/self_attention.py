@@ -46,9 +46,9 @@ class LSGSelfAttention(nn.Module):
             )
         config, names = self.lsg.config, self.lsg.names
         heads = getattr(self, names.heads)
+        projected = [getattr(self, name)(hidden_states) for name in (names.query, names.key, names.value)]
         query, key, value = (
-            getattr(self, name)(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for name in (names.query, names.key, names.value)
+            x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2) for x in projected
         )
         context = lsg_attention(
             query,

@@ -260,9 +260,9 @@ def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows (1 or B, n) of ``x`` (B, m, width), as (B, n, width)."""
     if len(rows) == 1:
         return x.index_select(1, rows[0])
-    batch, length = x.shape[:2]
+    batch, length, width = x.shape
     flat = rows + length * torch.arange(batch, device=x.device)[:, None]
-    return x.reshape(batch * length, -1).index_select(0, flat.flatten()).view(batch, rows.shape[1], -1)
+    return x.reshape(batch * length, width).index_select(0, flat.flatten()).view(*rows.shape, width)
 
 
 def _are_hidden_states(value: Any) -> bool:

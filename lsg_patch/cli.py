@@ -1,0 +1,126 @@
+"""The command line: one table of sub-commands, each with its own arguments and its own run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+__all__ = ["main"]
+
+DISTRIBUTION = "lsg-patch"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command. `run` imports what is heavy, so that `--help` is quick."""
+
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be {minimum} or more, not {value}")
+        return value
+
+    return number
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Looks for passages from the middle of long documents, with an encoder that was made for "
+        "short ones: first as it is, truncating each document, then patched. Afterwards the patch "
+        "is taken back and the first outputs are compared with the last."
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME_OR_PATH",
+        help="any encoder that transformers can load (default: the one of the extra `demo`)",
+    )
+    parser.add_argument(
+        "--file",
+        metavar="PATH",
+        dest="files",
+        action="append",
+        type=Path,
+        default=[],
+        help="a text file as one more document; may be repeated, and `--documents 0` leaves only "
+        "these",
+    )
+    parser.add_argument(
+        "--documents",
+        metavar="N",
+        type=_at_least(0),
+        default=90,
+        help="number of documents made from the standard library's documentation (default: 90)",
+    )
+    parser.add_argument(
+        "--max-length",
+        metavar="TOKENS",
+        type=_at_least(1),
+        default=4096,
+        help="tokens of a document that the patched model reads (default: 4096)",
+    )
+    parser.add_argument("--block-size", metavar="TOKENS", type=_at_least(1), default=128)
+    parser.add_argument(
+        "--sparsity-type",
+        metavar="NAME",
+        default="norm",
+        help="norm (default), pooling, lsh, stride, block_stride, bos_pooling or none",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON and no progress bar")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from lsg_patch import demo
+
+    return demo.run(
+        demo.DemoOptions(
+            model=args.model,
+            files=tuple(args.files),
+            documents=args.documents,
+            max_length=args.max_length,
+            block_size=args.block_size,
+            sparsity_type=args.sparsity_type,
+            json=args.json,
+        )
+    )
+
+
+COMMANDS = (
+    Command("demo", "see a real encoder read long documents", _demo_arguments, _demo),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=DISTRIBUTION, description="Long inputs for encoders that are already loaded."
+    )
+    parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.summary)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "(not installed)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code is 0, or 1 for a failed check, or 2 for a wrong request."""
+    args = build_parser().parse_args(argv)
+    code: int = args.run(args)
+    return code

@@ -1,0 +1,110 @@
+"""Patched models against the reference's own numbers, each case within its own tolerance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lsg_patch
+from tests import golden
+from tests.tokenizers import tokenizer_like
+
+CASES = golden.entries("model")
+PRECISIONS = [(entry, dtype) for entry in CASES for dtype in (torch.float64, torch.float32)
+              if dtype is torch.float32 or entry["tol_fp64"] is not None]
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
+
+
+def patched_model(entry: golden.Entry, tensors: dict[str, Tensor], task: str | None, dtype: torch.dtype) -> Any:
+    """The vanilla model of a case, patched with the case's settings, global rows and projections."""
+    model, meta, _ = golden.vanilla_model(entry["model"], task, dtype)
+    conversion = meta["conversion"]
+    lsg_patch.patch_model(
+        model,
+        **entry["lsg"],
+        max_position_embeddings=conversion["max_sequence_length"],
+        global_positional_stride=conversion["global_positional_stride"],
+        tokenizer=tokenizer_like(conversion["bos_or_cls_token_id"], conversion["mask_token_id"]),
+    )
+    with torch.no_grad():
+        lsg_patch.global_embeddings(model).copy_(tensors["global_embeddings"])
+    drawn = iter(sorted((n for n in tensors if n.startswith("lsh.randn")), key=lambda n: int(n.split(".")[-1])))
+    for name, buffer in model.named_buffers():
+        if "lsh_projection" in name:
+            random = next(drawn, None)
+            if random is not None:  # a short input draws nothing
+                buffer.copy_(tensors[random].view(buffer.shape))
+    return model
+
+
+def inputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[f"in.{name}"] for name in INPUTS if f"in.{name}" in tensors}
+
+
+def assert_rows(got: Tensor, want: Tensor, lengths: list[int], tolerance: float) -> None:
+    assert got.shape == want.shape
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(
+            got[row, :length], want[row, :length].to(got.dtype), rtol=0, atol=tolerance
+        )
+
+
+def test_there_are_cases_of_every_family() -> None:
+    assert {entry["arch"] for entry in CASES} >= {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
+
+
+@pytest.mark.parametrize(("entry", "dtype"), PRECISIONS, ids=lambda x: x["name"] if isinstance(x, dict) else str(x))
+def test_base_model(entry: golden.Entry, dtype: torch.dtype) -> None:
+    tensors = golden.tensors(entry)
+    tolerance = entry["tol_fp64" if dtype is torch.float64 else "tol_fp32"]
+    model = patched_model(entry, tensors, None, dtype)
+    with torch.no_grad():
+        output = model(**inputs(tensors), output_hidden_states=True)
+    lengths = entry["valid_lengths"]
+    assert_rows(output.last_hidden_state, tensors["out.last_hidden_state"], lengths, tolerance)
+    if "out.pooler_output" in tensors:
+        torch.testing.assert_close(
+            output.pooler_output, tensors["out.pooler_output"].to(dtype), rtol=0, atol=tolerance
+        )
+    if "out.hidden_states.1" in tensors:
+        want = tensors["out.hidden_states.1"]
+        first = entry["lsg"]["num_global_tokens"]
+        kept = want[:, first:].clone()
+        if entry["lsg"]["pool_with_global"]:
+            kept[:, 0] = want[:, 0]  # ours are pooled as the last one is
+        # stored in float32
+        assert_rows(output.hidden_states[1], kept, lengths, max(tolerance, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("entry", "task"),
+    [(entry, task) for entry in CASES for task in entry["heads"]],
+    ids=lambda x: x["name"] if isinstance(x, dict) else x,
+)
+def test_heads(entry: golden.Entry, task: str) -> None:
+    tensors = golden.tensors(entry)
+    dtype = torch.float64 if entry["tol_fp64"] is not None else torch.float32
+    model = patched_model(entry, tensors, task, dtype)
+    given = inputs(tensors)
+    with torch.no_grad():
+        output = model(**given)
+    # stored in float32
+    tolerance = max(entry["tol_fp64"] or entry["tol_fp32"], 1e-5)
+    compared = 0
+    for name, want in tensors.items():
+        if not name.startswith(f"out.{task}.") or name.endswith(".positions"):
+            continue
+        got = output[name.removeprefix(f"out.{task}.")]
+        if f"out.{task}.positions" in tensors:
+            got = got[:, tensors[f"out.{task}.positions"].long()]
+            real = given["attention_mask"][:, tensors[f"out.{task}.positions"].long()].bool()
+            got, want = got[real], want[real]
+        elif want.dim() > 1 and want.shape[:2] == given["attention_mask"].shape:
+            real = given["attention_mask"].bool()
+            got, want = got[real], want[real]
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=0, atol=tolerance)
+        compared += 1
+    assert compared

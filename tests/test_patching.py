@@ -1,0 +1,511 @@
+"""Patching and its exact reversal, and what users do in between."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lsg_patch
+from lsg_patch import LSGConfig
+from lsg_patch.modules.self_attention import LSGSelfAttention
+from tests.models import (
+    CLS,
+    FAMILIES,
+    POSITIONS,
+    ids_like,
+    model_classes,
+    right_padded,
+    run,
+    tiny_config,
+    tiny_model,
+)
+from tests.tokenizers import tokenizer_like
+
+SETTINGS: dict[str, Any] = {"block_size": 8, "sparse_block_size": 8, "max_position_embeddings": 200}
+MASK_LONG = right_padded(90, 55)
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """All that a patch could leave behind: identities, classes, attributes, hooks, values."""
+    found: dict[str, Any] = {"state_dict": list(model.state_dict())}
+    for name, module in model.named_modules():
+        found[f"{name} class"] = type(module)
+        found[f"{name} id"] = id(module)
+        found[f"{name} attributes"] = sorted(vars(module))
+        for slot in ("_parameters", "_buffers", "_modules"):
+            found[f"{name}{slot}"] = list(getattr(module, slot))
+        for key, value in vars(module).items():
+            if "hooks" in key and isinstance(value, dict):
+                found[f"{name} {key}"] = list(value)
+        found[f"{name} buffers"] = sorted(module._non_persistent_buffers_set)
+    for name, parameter in model.named_parameters():
+        found[f"{name} parameter"] = (id(parameter), parameter.requires_grad, parameter.dtype)
+    found["config"] = getattr(model, "config", None) and model.config.to_dict()
+    return found
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_bitwise(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert torch.equal(actual[name], value), name
+
+
+def long_run(model: nn.Module, family: str) -> torch.Tensor:
+    return run(model, ids_like(MASK_LONG, family), MASK_LONG)["last_hidden_state"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_revert_is_exact_for_every_class(family: str) -> None:
+    short = right_padded(20, 11)
+    ids = ids_like(short, family)
+    for cls in model_classes(family):
+        model = tiny_model(family, cls)
+        outputs = run(model, ids, short)
+        before, stored = fingerprint(model), values(model)
+        lsg_patch.patch_model(model, **SETTINGS)
+        run(model, ids, short)
+        assert lsg_patch.unpatch_model(model) is model
+        assert fingerprint(model) == before
+        assert_bitwise(values(model), stored)
+        assert_bitwise(run(model, ids, short), outputs)
+
+
+def test_fingerprint_sees_a_patch() -> None:
+    model = tiny_model("bert")
+    before = fingerprint(model)
+    lsg_patch.patch_model(model, **SETTINGS)
+    changed = {key for key, value in fingerprint(model).items() if before.get(key) != value}
+    assert {"config", "state_dict", "embeddings_modules", "encoder _forward_hooks"} <= changed
+
+
+def test_patched_model_stays_what_it_was() -> None:
+    model = tiny_model("bert", transformers.BertForMaskedLM)
+    attention = model.bert.encoder.layer[0].attention.self
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    assert lsg_patch.patch_model(model, **SETTINGS) is model
+    assert isinstance(model, transformers.BertForMaskedLM)
+    assert type(model).__name__ == "BertForMaskedLM"
+    assert model.bert.encoder.layer[0].attention.self is attention
+    assert isinstance(attention, LSGSelfAttention)
+    after = {name: id(p) for name, p in model.named_parameters()}
+    positions = "bert.embeddings.position_embeddings.weight"
+    added = "bert.embeddings.global_embeddings.weight"
+    assert after.keys() - parameters.keys() == {added}
+    assert {name for name in parameters if after[name] != parameters[name]} == {positions}
+    assert model.config.max_position_embeddings == 200
+    assert lsg_patch.is_patched(model)
+    assert lsg_patch.get_config(model) == LSGConfig(**SETTINGS, mask_first_token=True)
+    assert lsg_patch.global_embeddings(model) is model.bert.embeddings.global_embeddings.weight
+
+
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "double"])
+def test_revert_after_a_cast_gives_the_cast_model(kind: str) -> None:
+    model = tiny_model("roberta")
+    expected = values(getattr(copy.deepcopy(model), kind)())
+    lsg_patch.patch_model(model, **SETTINGS)
+    getattr(model, kind)()
+    lsg_patch.unpatch_model(model)
+    assert_bitwise(values(model), expected)
+
+
+def test_copies_are_independent_and_revert_by_themselves() -> None:
+    model = tiny_model("bert")
+    stored = values(model)
+    lsg_patch.patch_model(model, **SETTINGS)
+    expected = long_run(model, "bert")
+    for clone in (copy.deepcopy(model), _saved_and_loaded(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(long_run(clone, "bert"), expected)
+        with torch.no_grad():
+            lsg_patch.global_embeddings(clone).add_(1.0)
+            clone.encoder.layer[0].attention.self.query.weight.add_(1.0)
+        assert not torch.equal(long_run(clone, "bert"), expected)
+        assert torch.equal(long_run(model, "bert"), expected)
+        with torch.no_grad():
+            clone.encoder.layer[0].attention.self.query.weight.copy_(
+                stored["encoder.layer.0.attention.self.query.weight"]
+            )
+        lsg_patch.unpatch_model(clone)
+        assert not lsg_patch.is_patched(clone) and lsg_patch.is_patched(model)
+        assert type(clone.encoder.layer[0].attention.self) is type(tiny_model("bert").encoder.layer[0].attention.self)
+        assert_bitwise(values(clone), stored)
+    lsg_patch.unpatch_model(model)
+    assert_bitwise(values(model), stored)
+
+
+def _saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+def test_context_reverts_on_leaving_also_by_an_exception() -> None:
+    model = tiny_model("bert")
+    before, stored = fingerprint(model), values(model)
+    with lsg_patch.patched(model, sparsity_type="pooling", **SETTINGS) as same:
+        assert same is model and lsg_patch.is_patched(model)
+    assert fingerprint(model) == before
+    with pytest.raises(KeyError, match="mine"), lsg_patch.patched(model, **SETTINGS):
+        raise KeyError("mine")
+    assert fingerprint(model) == before
+    with lsg_patch.patched(model, **SETTINGS):
+        lsg_patch.unpatch_model(model)  # leaving then finds nothing to do
+    assert fingerprint(model) == before
+    assert_bitwise(values(model), stored)
+
+
+@pytest.mark.parametrize("step", ["resize_buffers", "swap_attention", "_hook_edges", "set_max_length"])
+def test_a_patch_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    model, tokenizer = tiny_model("bert"), tokenizer_like()
+    before = fingerprint(model)
+    real, calls = getattr(lsg_patch.patching, step), []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(step)
+        if step != "swap_attention" or len(calls) == 2:
+            raise RuntimeError("half way")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lsg_patch.patching, step, failing)
+    with pytest.raises(RuntimeError, match="half way"):
+        lsg_patch.patch_model(model, tokenizer=tokenizer, **SETTINGS)
+    assert fingerprint(model) == before
+    assert tokenizer.model_max_length == POSITIONS
+
+
+def test_training_while_patched_is_kept_by_the_revert() -> None:
+    model = tiny_model("bert").train()
+    optimizer_made_before = torch.optim.SGD(model.parameters(), lr=0.1)
+    query = model.encoder.layer[0].attention.self.query.weight
+    query_before = query.detach().clone()
+    positions_before = model.embeddings.position_embeddings.weight
+    first_rows = positions_before.detach().clone()
+    lsg_patch.patch_model(model, **SETTINGS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = ids_like(MASK_LONG, "bert")
+    model(ids, MASK_LONG).last_hidden_state.pow(2).mean().backward()
+    assert lsg_patch.global_embeddings(model).grad is not None
+    optimizer.step()
+    optimizer_made_before.step()
+    trained = model.embeddings.position_embeddings.weight.detach()[:POSITIONS].clone()
+    lsg_patch.unpatch_model(model)
+    assert model.encoder.layer[0].attention.self.query.weight is query
+    assert not torch.equal(query, query_before)
+    assert model.embeddings.position_embeddings.weight is positions_before
+    assert torch.equal(positions_before, trained) and not torch.equal(positions_before, first_rows)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    """Distributed training fails on parameters that a step does not use."""
+    model = tiny_model("bert", num_hidden_layers=1)
+    lsg_patch.patch_model(model, num_global_tokens=3, **SETTINGS)
+    output = model(ids_like(MASK_LONG, "bert"), MASK_LONG)
+    (output.last_hidden_state.sum() + output.pooler_output.sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert lsg_patch.global_embeddings(model).grad.abs().sum(1).min() > 0  # type: ignore[union-attr]
+
+
+def test_state_dicts_load_both_ways() -> None:
+    model, other = tiny_model("bert"), tiny_model("bert", seed=5)
+    lsg_patch.patch_model(model, num_global_tokens=2, **SETTINGS)
+    lsg_patch.patch_model(other, num_global_tokens=2, **SETTINGS)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(long_run(other, "bert"), long_run(model, "bert"))
+    # a published table has 512 rows; the caller's dictionary stays as it is
+    state = model.state_dict()
+    name = "embeddings.global_embeddings.weight"
+    table = torch.randn(512, 32)
+    state[name] = table
+    model.load_state_dict(state)
+    assert torch.equal(lsg_patch.global_embeddings(model), table[:2])
+    assert state[name] is table
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({**state, name: torch.randn(1, 32)})
+
+
+def test_two_models_side_by_side() -> None:
+    patched, plain = tiny_model("bert"), tiny_model("bert")
+    short = right_padded(30, 9)
+    ids = ids_like(short, "bert")
+    expected = run(plain, ids, short)
+    lsg_patch.patch_model(patched, **SETTINGS)
+    assert_bitwise(run(plain, ids, short), expected)
+    assert not lsg_patch.is_patched(plain)
+
+
+def test_models_that_share_a_config_revert_in_any_order() -> None:
+    config = tiny_config("bert")
+    first, second = (transformers.BertModel(config) for _ in range(2))
+    lsg_patch.patch_model(first, **SETTINGS)
+    lsg_patch.patch_model(second, **SETTINGS)
+    lsg_patch.unpatch_model(first)
+    lsg_patch.unpatch_model(second)
+    assert config.max_position_embeddings == POSITIONS
+    lsg_patch.patch_model(first, **SETTINGS)
+    with pytest.raises(ValueError, match="shared with another patched model"):
+        lsg_patch.patch_model(second, **{**SETTINGS, "max_position_embeddings": 300})
+
+
+def test_threads_share_a_patched_model() -> None:
+    model = tiny_model("bert")
+    lsg_patch.patch_model(model, **SETTINGS)
+    masks = [right_padded(90 - 7 * i, 20 + i) for i in range(8)]
+    inputs = [(ids_like(mask, "bert", seed=i), mask) for i, mask in enumerate(masks)]
+    expected = [run(model, *pair)["last_hidden_state"] for pair in inputs]
+    results: list[torch.Tensor | None] = [None] * len(inputs)
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            results[index] = run(model, *inputs[index])["last_hidden_state"]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def test_a_replica_uses_its_own_parameters() -> None:
+    """What DataParallel does with a module: shallow copies that share hooks, with other tensors."""
+    model = tiny_model("bert")
+    lsg_patch.patch_model(model, sparsity_type="lsh", **SETTINGS)
+    expected = long_run(model, "bert")
+    replica = _replicate(model)
+    assert torch.equal(long_run(replica, "bert"), expected)
+    replica.embeddings.global_embeddings.weight = lsg_patch.global_embeddings(model).detach() + 1
+    assert not torch.equal(long_run(replica, "bert"), expected)
+    assert torch.equal(long_run(model, "bert"), expected)
+
+
+def _replicate(model: nn.Module) -> Any:
+    modules = list(model.modules())
+    replicas = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        replica = replicas[id(module)]
+        for name, child in module._modules.items():
+            if child is not None:
+                setattr(replica, name, replicas[id(child)])
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(replica, name, parameter.detach())
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                setattr(replica, name, buffer)
+    return replicas[id(model)]
+
+
+def test_a_module_that_holds_a_supported_model() -> None:
+    class Retriever(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = tiny_model("electra")
+            self.projection = nn.Linear(32, 8)
+
+    retriever = Retriever()
+    lsg_patch.patch_model(retriever, **SETTINGS)
+    assert lsg_patch.is_patched(retriever) and lsg_patch.is_patched(retriever.encoder)
+    lsg_patch.unpatch_model(retriever)
+    assert not lsg_patch.is_patched(retriever)
+
+
+def test_a_subclass_of_a_supported_model() -> None:
+    class MyBert(transformers.BertModel):  # type: ignore[misc]
+        pass
+
+    model = lsg_patch.patch_model(tiny_model("bert", MyBert), **SETTINGS)
+    assert long_run(model, "bert").shape == (2, 90, 32)
+
+
+def test_tokenizer_limit_is_raised_and_put_back() -> None:
+    model, tokenizer = tiny_model("bert"), tokenizer_like()
+    with lsg_patch.patched(model, tokenizer=tokenizer, **SETTINGS):
+        assert tokenizer.model_max_length == 200
+        clone = copy.deepcopy(model)
+        lsg_patch.unpatch_model(clone)  # a copy has no part in the tokenizer
+        assert tokenizer.model_max_length == 200
+    assert tokenizer.model_max_length == POSITIONS
+
+
+class TestRefusals:
+    """Each is raised before anything is changed, and says what to do."""
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"sparsity_type": "best"}, "sparsity_type must be one of norm"),
+            ({"block_size": 0}, "block_size must be a whole number of at least 1"),
+            ({"block_size": 10, "sparsity_factor": 4}, "block_size=10 must be a multiple of sparsity_factor=4"),
+            ({"sparse_block_size": 9}, "sparse_block_size=9 must be a multiple"),
+            ({"sparse_block_size": -2}, "sparse_block_size must be a whole number of at least 0"),
+            ({"sparsity_factor": -2}, "sparsity_factor must be"),
+            ({"num_global_tokens": 513}, "num_global_tokens must be a whole number from 0 to 512"),
+            ({"num_global_tokens": -1}, "num_global_tokens"),
+            ({"max_position_embeddings": 0}, "max_position_embeddings"),
+            ({"pool_with_global": False}, "mask_first_token=False or pool_with_global=True"),
+            ({"mask_first_token": True, "num_global_tokens": 0}, "no global token stands in"),
+            ({"mask_first_token": 1}, "mask_first_token must be True or False"),
+            ({"adaptive": "yes"}, "adaptive must be True or False"),
+            ({"attention_probs_dropout_prob": 1.5}, r"must be in \[0, 1\)"),
+            ({"global_positional_stride": 0}, "global_positional_stride"),
+            ({"lsh_num_pre_rounds": -1}, "lsh_num_pre_rounds"),
+            ({"backend": "cuda"}, "backend must be one of auto"),
+            ({"seed": -1}, "seed"),
+        ],
+        ids=str,
+    )
+    def test_settings(self, settings: dict[str, Any], message: str) -> None:
+        model = tiny_model("bert")
+        before = fingerprint(model)
+        with pytest.raises(ValueError, match=message):
+            lsg_patch.patch_model(model, **settings)
+        assert fingerprint(model) == before
+
+    def test_a_config_and_settings_together(self) -> None:
+        with pytest.raises(TypeError, match="sparsity_type, num_global_tokens"):
+            lsg_patch.patch_model(tiny_model("bert"), LSGConfig(), "pooling", num_global_tokens=2)
+
+    def test_unknown_models(self) -> None:
+        with pytest.raises(TypeError, match=r"GPT2Model holds no model of a family .*bert"):
+            lsg_patch.patch_model(
+                transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
+            )
+        with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+            lsg_patch.patch_model("bert-base-uncased")  # type: ignore[type-var]
+
+    def test_a_model_named_like_a_known_one_but_built_otherwise(self) -> None:
+        class BertModel(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.config = tiny_config("bert")
+
+        with pytest.raises(TypeError, match="is not built like a bert model"):
+            lsg_patch.patch_model(BertModel())
+
+    def test_several_models(self) -> None:
+        pair = nn.ModuleDict({"query": tiny_model("bert"), "document": tiny_model("roberta")})
+        with pytest.raises(ValueError, match=r"2 models .*model.query, model.document"):
+            lsg_patch.patch_model(pair)
+        lsg_patch.patch_model(pair["query"], **SETTINGS)
+
+    def test_a_decoder(self) -> None:
+        model = tiny_model("bert", transformers.BertLMHeadModel, is_decoder=True)
+        with pytest.raises(ValueError, match="decoders"):
+            lsg_patch.patch_model(model)
+
+    def test_relative_positions(self) -> None:
+        model = tiny_model("bert")
+        model.config.position_embedding_type = "relative_key"
+        with pytest.raises(ValueError, match="relative_key"):
+            lsg_patch.patch_model(model)
+
+    def test_a_patched_model(self) -> None:
+        model = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS)
+        before = fingerprint(model)
+        with pytest.raises(ValueError, match="patched already: unpatch_model"):
+            lsg_patch.patch_model(model)
+        assert fingerprint(model) == before
+
+    def test_what_is_not_patched(self) -> None:
+        model = tiny_model("bert")
+        for function in (lsg_patch.unpatch_model, lsg_patch.get_config, lsg_patch.global_embeddings):
+            with pytest.raises(ValueError, match="is not patched"):
+                function(model)
+
+    def test_no_global_tokens_to_give(self) -> None:
+        model = lsg_patch.patch_model(tiny_model("bert"), num_global_tokens=0, **SETTINGS)
+        with pytest.raises(ValueError, match="num_global_tokens=0"):
+            lsg_patch.global_embeddings(model)
+
+    def test_a_forward_that_would_hide_the_patch(self) -> None:
+        model = tiny_model("bert")
+        attention = model.encoder.layer[0].attention.self
+        attention.forward = lambda *args, **kwargs: None
+        with pytest.raises(ValueError, match="would hide the patch"):
+            lsg_patch.patch_model(model)
+
+    def test_a_layer_alone(self) -> None:
+        model = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS)
+        with pytest.raises(RuntimeError, match="inside its model only"):
+            model.encoder.layer[0](torch.randn(1, 5, 32))
+
+    def test_a_config_that_contradicts_the_table(self) -> None:
+        model = tiny_model("bert")
+        model.config.max_position_embeddings = 77
+        with pytest.raises(ValueError, match="is 77, but the model has a table of 64"):
+            lsg_patch.patch_model(model)
+
+
+class TestTokenIds:
+    """From the tokenizer given, else the config, else the checkpoint's tokenizer; never guessed."""
+
+    def model(self) -> Any:
+        model = tiny_model("bert")
+        del model.config.cls_token_id, model.config.mask_token_id
+        return model
+
+    def test_nowhere_to_be_found(self) -> None:
+        model = self.model()
+        before = fingerprint(model)
+        with pytest.raises(ValueError, match=r"no cls or bos token id .* Pass tokenizer="):
+            lsg_patch.patch_model(model)
+        model.config.cls_token_id = CLS
+        with pytest.raises(ValueError, match=r"no mask token id .* Pass tokenizer="):
+            lsg_patch.patch_model(model, num_global_tokens=2)
+        del model.config.cls_token_id
+        assert fingerprint(model) == before
+
+    def test_only_what_is_needed_is_asked_for(self) -> None:
+        lsg_patch.patch_model(self.model(), num_global_tokens=0)
+        model = self.model()
+        model.config.bos_token_id = CLS
+        lsg_patch.patch_model(model, num_global_tokens=1)
+        assert torch.equal(lsg_patch.global_embeddings(model)[0], _first_row(model, CLS))
+
+    def test_the_tokenizer_given_comes_before_the_config(self) -> None:
+        model = tiny_model("bert")
+        lsg_patch.patch_model(model, tokenizer=tokenizer_like(cls_token_id=9, mask_token_id=10))
+        assert torch.equal(lsg_patch.global_embeddings(model)[0], _first_row(model, 9))
+
+    def test_a_tokenizer_of_another_model(self) -> None:
+        with pytest.raises(ValueError, match="outside the model's vocabulary of 120"):
+            lsg_patch.patch_model(tiny_model("bert"), tokenizer=tokenizer_like(cls_token_id=101 + 7000))
+
+    def test_the_checkpoints_own_tokenizer(self, tmp_path: Any) -> None:
+        words = ["[PAD]", "[UNK]", "[SEP]", "[CLS]", "[MASK]", *"abcdef"]
+        (tmp_path / "vocab.txt").write_text("\n".join(words))
+        transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+        model = self.model()
+        model.config._name_or_path = str(tmp_path)
+        lsg_patch.patch_model(model, num_global_tokens=2)
+        assert torch.equal(lsg_patch.global_embeddings(model)[0], _first_row(model, CLS))
+
+    def test_a_checkpoint_without_tokenizer(self, tmp_path: Any) -> None:
+        model = self.model()
+        model.config._name_or_path = str(tmp_path)
+        with pytest.raises(ValueError, match=r"does not load: .* Pass tokenizer="):
+            lsg_patch.patch_model(model)
+
+
+def _first_row(model: Any, token: int) -> torch.Tensor:
+    embeddings = model.embeddings
+    return (  # type: ignore[no-any-return]
+        embeddings.word_embeddings.weight[token]
+        + embeddings.position_embeddings.weight[0]
+        + embeddings.token_type_embeddings.weight[0]
+    )
