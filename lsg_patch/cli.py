@@ -94,9 +94,7 @@ def _demo(args: argparse.Namespace) -> int:
     )
 
 
-COMMANDS = (
-    Command("demo", "see a real encoder read long documents", _demo_arguments, _demo),
-)
+COMMANDS = (Command("demo", "see a real encoder read long documents", _demo_arguments, _demo),)
 
 
 def build_parser() -> argparse.ArgumentParser:

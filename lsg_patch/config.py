@@ -69,7 +69,12 @@ class LSGConfig:
             ("global_positional_stride", 1, None),
         ):
             _check_int(name, getattr(self, name), least, most)
-        for name in ("pool_with_global", "adaptive", "pass_global_tokens_to_decoder", "random_global_init"):
+        for name in (
+            "pool_with_global",
+            "adaptive",
+            "pass_global_tokens_to_decoder",
+            "random_global_init",
+        ):
             _check_bool(name, getattr(self, name))
         if self.mask_first_token is not None:
             _check_bool("mask_first_token", self.mask_first_token)
@@ -77,9 +82,13 @@ class LSGConfig:
             _check_int("seed", self.seed, 0, None)
         rate = self.attention_probs_dropout_prob
         if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < 1):
-            raise ValueError(f"attention_probs_dropout_prob must be in [0, 1) or None, not {rate!r}")
+            raise ValueError(
+                f"attention_probs_dropout_prob must be in [0, 1) or None, not {rate!r}"
+            )
         if self.backend not in BACKEND_NAMES:
-            raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, not {self.backend!r}")
+            raise ValueError(
+                f"backend must be one of {', '.join(BACKEND_NAMES)}, not {self.backend!r}"
+            )
         if self.mask_first_token:
             self._check_first_token()
 

@@ -230,7 +230,9 @@ def pad(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Te
     longest = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": pad_token_id}
     return {
-        key: torch.tensor([row[key] + [fill.get(key, 0)] * (longest - len(row[key])) for row in rows])
+        key: torch.tensor(
+            [row[key] + [fill.get(key, 0)] * (longest - len(row[key])) for row in rows]
+        )
         for key in rows[0]
     }
 
@@ -431,9 +433,7 @@ def measure(options: DemoOptions) -> dict[str, Any]:
     sample_batches = make_batches(tokenizer, samples, limit, tokens_per_batch=1)
     first_outputs = _outputs(model, sample_batches)
     common = (documents, queries)
-    sides = [
-        run_side("original, truncated", model, tokenizer, *common, limit, quiet=options.json)
-    ]
+    sides = [run_side("original, truncated", model, tokenizer, *common, limit, quiet=options.json)]
     with patched(model, config, tokenizer=tokenizer):
         sides.append(
             run_side("patched", model, tokenizer, *common, options.max_length, quiet=options.json)

@@ -8,18 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from lsg_patch import compat
-from lsg_patch.attention import SPARSITY_TYPES  # noqa: F401  (documented below)
 from lsg_patch.config import LSGConfig
-from lsg_patch.families import Family, find_base, find_modules
+from lsg_patch.families import Family, find_base
 from lsg_patch.modules import stack
-from lsg_patch.modules.global_embeddings import GlobalEmbeddings, initial_rows
+from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.position_table import resize_buffers, resize_positions
-from lsg_patch.modules.self_attention import LSGSelfAttention, swap_attention
-from lsg_patch.tokenizer import find_token_ids, set_max_length
+from lsg_patch.modules.self_attention import swap_attention
+from lsg_patch.plan import Plan, make_plan
+from lsg_patch.tokenizer import set_max_length
 from lsg_patch.undo import Journal
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,11 @@ def patch_model(
     config = _config(block_size, settings)
     base, family = find_base(model)
     config = config.with_family_default(family.begins_with_cls)
-    plan = _plan(base, family, config, tokenizer)
+    if is_patched(base):
+        raise ValueError(
+            f"{type(base).__name__} is patched already: unpatch_model(model) first, then patch it anew"
+        )
+    plan = make_plan(base, family, config, tokenizer)
     journal = Journal()
     try:
         _apply(base, family, config, plan, tokenizer, journal)
@@ -124,7 +127,7 @@ def unpatch_model(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
-    """``with patched(model, ...):`` patches on entering and reverts on leaving, also by an exception.
+    """A patch for the time of a ``with`` block; leaving it reverts, also by an exception.
 
     Takes the arguments of ``patch_model`` and gives the model.
     """
@@ -163,18 +166,6 @@ def global_embeddings(model: nn.Module) -> nn.Parameter:
     raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
 
 
-@dataclass
-class Plan:
-    """What was found in a model, before anything is changed."""
-
-    attentions: list[nn.Module]
-    stack: nn.Module
-    embeddings: nn.Module
-    positions: nn.Embedding
-    offset: int
-    global_rows: torch.Tensor | None
-
-
 def _config(block_size: int | LSGConfig, settings: dict[str, Any]) -> LSGConfig:
     if not isinstance(block_size, LSGConfig):
         return LSGConfig(**settings)
@@ -186,93 +177,9 @@ def _config(block_size: int | LSGConfig, settings: dict[str, Any]) -> LSGConfig:
     ]
     if others:
         raise TypeError(
-            f"an LSGConfig was given and {', '.join(others)} as well: put all settings into one of them"
+            f"an LSGConfig was given, and {', '.join(others)} as well: put all settings into one"
         )
     return block_size
-
-
-def _plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any) -> Plan:
-    """Find everything that will be changed and check it; changes nothing."""
-    model_config: Any = base.config
-    if is_patched(base):
-        raise ValueError(
-            f"{type(base).__name__} is patched already: unpatch_model(model) first, then patch it anew"
-        )
-    if getattr(model_config, "is_decoder", False):
-        raise ValueError(
-            "decoders (config.is_decoder=True) are not supported yet: set config.is_decoder=False "
-            "before loading, to use the model as an encoder"
-        )
-    if compat.has_relative_positions(model_config):
-        raise ValueError(
-            f"position_embedding_type={model_config.position_embedding_type!r}: relative positions "
-            "are part of the attention itself and cannot be patched; use a model with absolute ones"
-        )
-    try:
-        embeddings = base.get_submodule(family.embeddings)
-        positions = embeddings.get_submodule(family.positions)
-        words = embeddings.get_submodule(family.words)
-        token_types = embeddings.get_submodule(family.token_types) if family.token_types else None
-        layers = base.get_submodule(family.stack)
-        attentions = find_modules(base, family.attentions)
-        for name in family.global_path:
-            embeddings.get_submodule(name)
-        for module in attentions:
-            for name in (family.names.query, family.names.key, family.names.value):
-                module.get_submodule(name)
-            getattr(module, family.names.heads), getattr(module, family.names.dropout)
-    except AttributeError as error:
-        raise TypeError(
-            f"{type(base).__name__} is not built like a {family.name} model: {error}"
-        ) from error
-    if not attentions:
-        raise ValueError(f"{type(base).__name__} has no layers: there is nothing to patch")
-    for module in (base, embeddings, layers, *attentions):
-        own = vars(module).get("forward")
-        if own is not None and not compat.is_left_behind(module, own):
-            raise ValueError(
-                f"the forward of a {type(module).__name__} was replaced by {own!r}, which would hide "
-                "the patch: patch the model first, or take the replacement away"
-            )
-    assert isinstance(positions, nn.Embedding) and isinstance(words, nn.Embedding)
-    offset = family.position_offset(positions)
-    rows, target = positions.num_embeddings, config.max_position_embeddings + offset
-    if model_config.max_position_embeddings not in (rows, target):
-        raise ValueError(
-            f"config.max_position_embeddings is {model_config.max_position_embeddings}, but the model "
-            f"has a table of {rows}. If the config object is shared with another patched model, give "
-            "this one its own (model.config = copy.deepcopy(model.config)); else set it to the table's"
-        )
-    if target < rows:
-        logger.warning(
-            "max_position_embeddings=%d shortens the model's %d positions",
-            config.max_position_embeddings,
-            rows - offset,
-        )
-    heads = getattr(attentions[0], family.names.heads)
-    factor = config.sparsity_factor or 0
-    if config.sparsity_type in ("stride", "block_stride") and factor > heads:
-        logger.warning(
-            "sparsity_factor=%d is more than the %d heads: some tokens are seen by none of them",
-            factor,
-            heads,
-        )
-    global_rows = None
-    if config.num_global_tokens:
-        needs_mask = config.num_global_tokens > 1 and not config.random_global_init
-        bos_id, mask_id = find_token_ids(model_config, tokenizer, needs_mask)
-        types = token_types.weight[0].detach() if isinstance(token_types, nn.Embedding) else None
-        global_rows = initial_rows(
-            words.weight.detach(),
-            positions.weight.detach()[offset:],
-            types,
-            num_global_tokens=config.num_global_tokens,
-            stride=config.global_positional_stride,
-            bos_id=bos_id,
-            mask_id=mask_id if not config.random_global_init else None,
-            seed=config.seed,
-        )
-    return Plan(attentions, layers, embeddings, positions, offset, global_rows)
 
 
 def _apply(
@@ -284,8 +191,9 @@ def _apply(
     length = config.max_position_embeddings
     resize_positions(plan.positions, plan.offset, length, journal)
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
-    if base.config.max_position_embeddings != length + plan.offset:
-        journal.set_attribute(base.config, "max_position_embeddings", length + plan.offset)
+    model_config: Any = base.config
+    if model_config.max_position_embeddings != length + plan.offset:
+        journal.set_attribute(model_config, "max_position_embeddings", length + plan.offset)
     for name, value in compat.settings_for_linear_masks(base).items():
         journal.set_attribute(base, name, value)
     for index, module in enumerate(plan.attentions):
@@ -322,9 +230,7 @@ def _hook_edges(base: nn.Module, plan: Plan, config: LSGConfig, journal: Journal
     # before other hooks on the outputs, which then see what the unpatched model gives
     collects = compat.stack_collects_hidden_states(plan.stack)
     leave_stack = stack.LeaveStack(stack_mask, collects)
-    journal.add_hook(
-        plan.stack.register_forward_hook(leave_stack, with_kwargs=True, prepend=True)
-    )
+    journal.add_hook(plan.stack.register_forward_hook(leave_stack, with_kwargs=True, prepend=True))
     if not collects:
         leave_model = stack.LeaveModel(config, mask, attentions, len(plan.attentions))
         journal.add_hook(base.register_forward_hook(leave_model, with_kwargs=True, prepend=True))

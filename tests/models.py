@@ -121,4 +121,6 @@ def assert_same(
         assert got.shape == want.shape, name
         if mask is not None and want.dim() >= 2 and want.shape[:2] == mask.shape:
             got, want = got[mask.bool()], want[mask.bool()]
-        torch.testing.assert_close(got, want, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )

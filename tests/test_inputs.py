@@ -56,7 +56,9 @@ def test_no_tokens(mask: torch.Tensor | None) -> None:
 
 
 def test_more_tokens_than_positions() -> None:
-    with pytest.raises(ValueError, match=r"101 tokens, the patched model 100 positions: .*larger max_position"):
+    with pytest.raises(
+        ValueError, match=r"101 tokens, the patched model 100 positions: .*larger max_position"
+    ):
         run(patched_model(), ids_like(right_padded(101), "bert"), None)
 
 
@@ -82,7 +84,9 @@ def test_a_row_of_padding_alone_is_finite(family: str, num_global_tokens: int, l
     assert torch.isfinite(none).all()
 
 
-@pytest.mark.parametrize("shape", [(2, 40, 40), (2, 1, 1, 40), (2, 1, 40, 40), (2, 39), (3, 40), (40,)])
+@pytest.mark.parametrize(
+    "shape", [(2, 40, 40), (2, 1, 1, 40), (2, 1, 40, 40), (2, 39), (3, 40), (40,)]
+)
 def test_masks_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"attention_mask must be \(B, T\) = \(2, 40\)"):
         run(patched_model(), ids_like(right_padded(40, 40), "bert"), torch.ones(shape))
@@ -114,7 +118,9 @@ def test_embeddings_in_place_of_ids_and_given_positions(family: str) -> None:
     with torch.no_grad():
         words = model.get_input_embeddings()(ids)
         expected = model(ids, mask, position_ids=positions).last_hidden_state
-        actual = model(attention_mask=mask, inputs_embeds=words, position_ids=positions).last_hidden_state
+        actual = model(
+            attention_mask=mask, inputs_embeds=words, position_ids=positions
+        ).last_hidden_state
         reversed_ = model(ids, mask, position_ids=positions.flip(1)).last_hidden_state
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
     assert (reversed_ - expected).abs().max() > 1e-2
@@ -152,7 +158,8 @@ def test_without_adaptive_padding_a_length_must_fit() -> None:
     for length in (7, 16, 40):
         ids = ids_like(right_padded(length), "bert")
         assert torch.equal(
-            run(model, ids, None)["last_hidden_state"], run(adaptive, ids, None)["last_hidden_state"]
+            run(model, ids, None)["last_hidden_state"],
+            run(adaptive, ids, None)["last_hidden_state"],
         )
     with pytest.raises(ValueError, match="41 tokens are no multiple of block_size=8"):
         run(model, ids_like(right_padded(41), "bert"), None)
@@ -174,7 +181,11 @@ def test_mask_first_token_hides_the_first_real_token_of_each_row() -> None:
     ids = ids_like(mask, "bert", begin_with_cls=False)
     other = ids.clone()
     other[0, 6], other[1, 0] = 7, 8
-    assert torch.equal(run(model, other, mask)["last_hidden_state"], run(model, ids, mask)["last_hidden_state"])
+    assert torch.equal(
+        run(model, other, mask)["last_hidden_state"], run(model, ids, mask)["last_hidden_state"]
+    )
     seen = patched_model(mask_first_token=False)
-    difference = run(seen, other, mask)["last_hidden_state"] - run(seen, ids, mask)["last_hidden_state"]
+    difference = (
+        run(seen, other, mask)["last_hidden_state"] - run(seen, ids, mask)["last_hidden_state"]
+    )
     assert (difference[0, 7:9].abs().max() > 1e-3) and (difference[1, 1:3].abs().max() > 1e-3)

@@ -21,7 +21,11 @@ from tests.models import (
 HEADS = [(family, cls) for family in FAMILIES for cls in model_classes(family)]
 IDS = [cls.__name__ for _, cls in HEADS]
 BLOCK = 16
-SETTINGS: dict[str, Any] = {"block_size": BLOCK, "sparse_block_size": BLOCK, "max_position_embeddings": 256}
+SETTINGS: dict[str, Any] = {
+    "block_size": BLOCK,
+    "sparse_block_size": BLOCK,
+    "max_position_embeddings": 256,
+}
 LEFT = torch.tensor([[1] * 24, [0] * 7 + [1] * 17])
 HOLES = torch.tensor([[1] * 24, [0, 1, 1, 0, 1, 0, 0] + [1] * 12 + [0, 1, 1, 0, 0]])
 
@@ -86,7 +90,9 @@ def test_left_padding_is_lossless_where_positions_count_from_the_text(family: st
 
 
 @pytest.mark.parametrize("family", ["bert", "electra"])
-def test_left_padding_of_bert_is_lossless_with_positions_that_count_from_the_text(family: str) -> None:
+def test_left_padding_of_bert_is_lossless_with_positions_that_count_from_the_text(
+    family: str,
+) -> None:
     """BERT counts positions from the padding: only then is the first real token at position 0,
     where the first global token, which stands in for it, is."""
     model = tiny_model(family)
@@ -106,7 +112,9 @@ def test_left_padded_text_gives_what_right_padded_text_gives_at_any_length() -> 
     """Blocks begin where the text begins, however much padding stands before it."""
     model, long = tiny_model("roberta"), 100
     text = ids_like(torch.ones(1, long, dtype=torch.long), "roberta")
-    mask = torch.cat([torch.zeros(1, 13, dtype=torch.long), torch.ones(1, long, dtype=torch.long)], 1)
+    mask = torch.cat(
+        [torch.zeros(1, 13, dtype=torch.long), torch.ones(1, long, dtype=torch.long)], 1
+    )
     ids = torch.cat([torch.full((1, 13), 1), text], 1)
     with lsg_patch.patched(model, **SETTINGS):
         alone = run(model, text, None)["last_hidden_state"]

@@ -126,7 +126,11 @@ def test_copies_are_independent_and_revert_by_themselves() -> None:
     stored = values(model)
     lsg_patch.patch_model(model, **SETTINGS)
     expected = long_run(model, "bert")
-    for clone in (copy.deepcopy(model), _saved_and_loaded(model), pickle.loads(pickle.dumps(model))):
+    for clone in (
+        copy.deepcopy(model),
+        _saved_and_loaded(model),
+        pickle.loads(pickle.dumps(model)),
+    ):
         assert torch.equal(long_run(clone, "bert"), expected)
         with torch.no_grad():
             lsg_patch.global_embeddings(clone).add_(1.0)
@@ -139,7 +143,9 @@ def test_copies_are_independent_and_revert_by_themselves() -> None:
             )
         lsg_patch.unpatch_model(clone)
         assert not lsg_patch.is_patched(clone) and lsg_patch.is_patched(model)
-        assert type(clone.encoder.layer[0].attention.self) is type(tiny_model("bert").encoder.layer[0].attention.self)
+        assert type(clone.encoder.layer[0].attention.self) is type(
+            tiny_model("bert").encoder.layer[0].attention.self
+        )
         assert_bitwise(values(clone), stored)
     lsg_patch.unpatch_model(model)
     assert_bitwise(values(model), stored)
@@ -168,8 +174,12 @@ def test_context_reverts_on_leaving_also_by_an_exception() -> None:
     assert_bitwise(values(model), stored)
 
 
-@pytest.mark.parametrize("step", ["resize_buffers", "swap_attention", "_hook_edges", "set_max_length"])
-def test_a_patch_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+@pytest.mark.parametrize(
+    "step", ["resize_buffers", "swap_attention", "_hook_edges", "set_max_length"]
+)
+def test_a_patch_that_fails_half_way_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     model, tokenizer = tiny_model("bert"), tokenizer_like()
     before = fingerprint(model)
     real, calls = getattr(lsg_patch.patching, step), []
@@ -350,7 +360,10 @@ class TestRefusals:
         [
             ({"sparsity_type": "best"}, "sparsity_type must be one of norm"),
             ({"block_size": 0}, "block_size must be a whole number of at least 1"),
-            ({"block_size": 10, "sparsity_factor": 4}, "block_size=10 must be a multiple of sparsity_factor=4"),
+            (
+                {"block_size": 10, "sparsity_factor": 4},
+                "block_size=10 must be a multiple of sparsity_factor=4",
+            ),
             ({"sparse_block_size": 9}, "sparse_block_size=9 must be a multiple"),
             ({"sparse_block_size": -2}, "sparse_block_size must be a whole number of at least 0"),
             ({"sparsity_factor": -2}, "sparsity_factor must be"),
@@ -383,7 +396,9 @@ class TestRefusals:
     def test_unknown_models(self) -> None:
         with pytest.raises(TypeError, match=r"GPT2Model holds no model of a family .*bert"):
             lsg_patch.patch_model(
-                transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
+                transformers.GPT2Model(
+                    transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)
+                )
             )
         with pytest.raises(TypeError, match="must be a torch.nn.Module"):
             lsg_patch.patch_model("bert-base-uncased")  # type: ignore[type-var]
@@ -423,7 +438,11 @@ class TestRefusals:
 
     def test_what_is_not_patched(self) -> None:
         model = tiny_model("bert")
-        for function in (lsg_patch.unpatch_model, lsg_patch.get_config, lsg_patch.global_embeddings):
+        for function in (
+            lsg_patch.unpatch_model,
+            lsg_patch.get_config,
+            lsg_patch.global_embeddings,
+        ):
             with pytest.raises(ValueError, match="is not patched"):
                 function(model)
 
@@ -484,7 +503,9 @@ class TestTokenIds:
 
     def test_a_tokenizer_of_another_model(self) -> None:
         with pytest.raises(ValueError, match="outside the model's vocabulary of 120"):
-            lsg_patch.patch_model(tiny_model("bert"), tokenizer=tokenizer_like(cls_token_id=101 + 7000))
+            lsg_patch.patch_model(
+                tiny_model("bert"), tokenizer=tokenizer_like(cls_token_id=101 + 7000)
+            )
 
     def test_the_checkpoints_own_tokenizer(self, tmp_path: Any) -> None:
         words = ["[PAD]", "[UNK]", "[SEP]", "[CLS]", "[MASK]", *"abcdef"]

@@ -73,9 +73,16 @@ def test_a_head_trains_with_dropout(sparsity_type: str) -> None:
 
 def test_attention_dropout_is_the_models_own_unless_given() -> None:
     ids = ids_like(MASK, "bert")
-    for own, given, drops in ((0.5, None, True), (0.5, 0.0, False), (0.0, 0.5, True), (0.0, None, False)):
+    for own, given, drops in (
+        (0.5, None, True),
+        (0.5, 0.0, False),
+        (0.0, 0.5, True),
+        (0.0, None, False),
+    ):
         model = patched_model(
-            "bert", attention_probs_dropout_prob=given, overrides={"attention_probs_dropout_prob": own}
+            "bert",
+            attention_probs_dropout_prob=given,
+            overrides={"attention_probs_dropout_prob": own},
         ).train()
         torch.manual_seed(0)
         first = model(ids, MASK).last_hidden_state

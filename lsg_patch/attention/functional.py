@@ -42,7 +42,11 @@ def make_geometry(
     off = sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor
     # both are checked also where the part is off: a negative size is never meant
     checked = Geometry(block_size, 0, sparsity_factor or 1, is_causal)
-    return checked if off else Geometry(block_size, sparse_block_size or 0, checked.sparsity_factor, is_causal)
+    return (
+        checked
+        if off
+        else Geometry(block_size, sparse_block_size or 0, checked.sparsity_factor, is_causal)
+    )
 
 
 def lsg_attention(
@@ -106,7 +110,9 @@ def lsg_attention(
     if backend not in BACKEND_NAMES:
         raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, not {backend!r}")
     if first_token_global and num_global_tokens:
-        raise ValueError("first_token_global=True needs num_global_tokens=0: there is one or the other")
+        raise ValueError(
+            "first_token_global=True needs num_global_tokens=0: there is one or the other"
+        )
     tokens_mask = _boolean_mask(padding_mask, query, num_global_tokens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if sparsity_type == "lsh" and lsh_projections is None:
@@ -176,7 +182,9 @@ def _check_tensors(
             )
     batch, _, rows, _ = query.shape
     if not 0 <= num_global <= rows:
-        raise ValueError(f"num_global_tokens={num_global} must be from 0 to the {rows} rows of query")
+        raise ValueError(
+            f"num_global_tokens={num_global} must be from 0 to the {rows} rows of query"
+        )
     if padding_mask is None:
         return
     fits = padding_mask.dim() == 2 and padding_mask.shape[0] in (1, batch)

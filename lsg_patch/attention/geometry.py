@@ -43,7 +43,9 @@ class Geometry:
         for name in ("block_size", "sparse_block_size", "sparsity_factor"):
             value, least = getattr(self, name), int(name != "sparse_block_size")
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+                raise ValueError(
+                    f"{name} must be a whole number of at least {least}, not {value!r}"
+                )
         if not self.has_sparse:
             return
         for name in ("block_size", "sparse_block_size"):
@@ -83,7 +85,9 @@ class Geometry:
     @property
     def local_window(self) -> Window:
         """Tokens that a block sees: its own block and its neighbours."""
-        return Window(-self.block_size, (2 if self.is_causal else 3) * self.block_size, self.block_size)
+        return Window(
+            -self.block_size, (2 if self.is_causal else 3) * self.block_size, self.block_size
+        )
 
     @property
     def sparse_windows(self) -> tuple[Window, ...]:
@@ -95,17 +99,19 @@ class Geometry:
         return (left,) if self.is_causal else (left, right)
 
 
-def unfold_windows(x: Tensor, windows: tuple[Window, ...], num_blocks: int, dim: int) -> list[Tensor]:
+def unfold_windows(
+    x: Tensor, windows: tuple[Window, ...], num_blocks: int, dim: int
+) -> list[Tensor]:
     """Views of ``x`` cut into windows along ``dim``, zeros (False) where a window leaves it.
 
     ``x`` (..., n, ...) gives one (..., num_blocks, size, ...) for each window, all of them views
     of one padded copy: nothing is gathered.
     """
-    first = min(w.start for w in windows)
-    last = max(w.start + (num_blocks - 1) * w.stride + w.size for w in windows)
     dim %= x.dim()
-    # a negative amount crops
-    padded = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (-first, last - x.shape[dim]))
+    length = x.shape[dim]
+    first = min(0, *(w.start for w in windows))
+    last = max(length, *(w.start + (num_blocks - 1) * w.stride + w.size for w in windows))
+    padded = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (-first, last - length))
     views = []
     for w in windows:
         span = padded.narrow(dim, w.start - first, (num_blocks - 1) * w.stride + w.size)

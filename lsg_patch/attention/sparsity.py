@@ -122,7 +122,9 @@ def _lsh(inputs: SelectionInputs) -> Keys:
             key, value, count = (_sum_buckets(x, bucket, size) for x in (key, value, count))
     filled = count.clamp(min=1)
     mask = (count > 0).squeeze(-1).flatten(2)
-    return Keys((key / filled).to(dtype).flatten(2, 3), (value / filled).to(dtype).flatten(2, 3), mask)
+    return Keys(
+        (key / filled).to(dtype).flatten(2, 3), (value / filled).to(dtype).flatten(2, 3), mask
+    )
 
 
 SELECTIONS: dict[str, Callable[[SelectionInputs], Keys]] = {
@@ -145,7 +147,9 @@ def projection_shapes(
     return [(heads, head_size, size // 2) for size in _round_sizes(geometry, num_pre_rounds + 1)]
 
 
-def draw_projections(shapes: Sequence[tuple[int, int, int]], seed: int | None) -> tuple[Tensor, ...]:
+def draw_projections(
+    shapes: Sequence[tuple[int, int, int]], seed: int | None
+) -> tuple[Tensor, ...]:
     """Standard normal projections of the given shapes, on the CPU and in float32.
 
     They are drawn from ``seed`` (None is seed 0): the global random state is left alone.

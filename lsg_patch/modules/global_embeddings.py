@@ -34,10 +34,12 @@ class GlobalEmbeddings(nn.Module):
         if isinstance(rows, Tensor) and rows.shape[1:] == self.weight.shape[1:]:
             # the caller's dictionary stays as it is
             state_dict = {**state_dict, name: rows[: len(self.weight)]}
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def strided_positions(num_positions: int, stride: int, device: torch.device | None = None) -> Tensor:
+def strided_positions(
+    num_positions: int, stride: int, device: torch.device | None = None
+) -> Tensor:
     """The order in which global tokens take the positions of a table, far apart from each other.
 
     Of a table of more than 512 positions every ``num_positions // 512``-th is taken, 512 in all.
@@ -59,13 +61,14 @@ def initial_rows(
     stride: int,
     bos_id: int,
     mask_id: int | None,
+    random_init: bool = False,
     seed: int | None = None,
 ) -> Tensor:
     """What the global tokens are before any training: (num_global_tokens, width).
 
     The first is the cls/bos token at position 0, so that it can stand in for the first token of an
-    input; the others are mask tokens at positions spread by ``stride``. With ``mask_id`` None they
-    are drawn from a normal distribution of the mean and the covariance of ``words``.
+    input; the others are mask tokens at positions spread by ``stride``, or with ``random_init`` drawn
+    from a normal distribution of the mean and the covariance of ``words``.
 
     Args:
         words: (vocabulary, width).
@@ -74,14 +77,17 @@ def initial_rows(
     """
     order = strided_positions(len(positions), stride, positions.device)
     rows = positions[order[torch.arange(num_global_tokens, device=order.device) % len(order)]]
-    if mask_id is None:
+    first, others = words[bos_id][None], num_global_tokens - 1
+    if random_init:
         generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        noise = torch.randn(others, len(words), generator=generator).to(words.device)
         mean = words.float().mean(0)
-        noise = torch.randn(num_global_tokens, len(words), generator=generator).to(words.device)
         # a product with the centred table has the table's covariance, of whatever rank it is
         drawn = mean + noise @ (words.float() - mean) / max(1, len(words) - 1) ** 0.5
-        word = torch.cat([words[bos_id][None], drawn[1:].to(words.dtype)])
+        word = torch.cat([first, drawn.to(words.dtype)])
+    elif others:
+        word = torch.cat([first, words[mask_id].expand(others, -1)])
     else:
-        word = words[torch.tensor([bos_id] + [mask_id] * (num_global_tokens - 1), device=words.device)]
+        word = first
     rows = word + rows
     return rows if token_type is None else rows + token_type

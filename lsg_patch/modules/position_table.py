@@ -24,7 +24,9 @@ def resize_positions(table: nn.Embedding, offset: int, length: int, journal: Jou
     """Give ``table`` rows for ``length`` positions after its first ``offset`` rows."""
     old = table.weight
     journal.record(PositionsResized(table, old))
-    table.weight = nn.Parameter(tiled(old.detach(), offset, length), requires_grad=old.requires_grad)
+    table.weight = nn.Parameter(
+        tiled(old.detach(), offset, length), requires_grad=old.requires_grad
+    )
     table.num_embeddings = len(table.weight)
 
 
@@ -35,7 +37,11 @@ def resize_buffers(owner: nn.Module, names: tuple[str, ...], rows: int, journal:
         if isinstance(old, Tensor):
             journal.record(BufferResized(owner, name, old))
             counted = torch.arange(rows, dtype=old.dtype, device=old.device).expand(1, -1)
-            setattr(owner, name, counted.clone() if name == "position_ids" else torch.zeros_like(counted))
+            setattr(
+                owner,
+                name,
+                counted.clone() if name == "position_ids" else torch.zeros_like(counted),
+            )
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,9 @@ class LSGSelfAttention(nn.Module):
     lsg: AttentionState
     original: type[nn.Module]
 
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """``hidden_states`` (B, num_global_tokens + T, width); the mask is the stack's ``Layout``.
 
         Returns the context (B, num_global_tokens + T, width), and None for the attention maps.
@@ -46,7 +47,9 @@ class LSGSelfAttention(nn.Module):
             )
         config, names = self.lsg.config, self.lsg.names
         heads = getattr(self, names.heads)
-        projected = [getattr(self, name)(hidden_states) for name in (names.query, names.key, names.value)]
+        projected = [
+            getattr(self, name)(hidden_states) for name in (names.query, names.key, names.value)
+        ]
         query, key, value = (
             x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2) for x in projected
         )
@@ -78,10 +81,16 @@ class LSGSelfAttention(nn.Module):
         return _blank, (self.original,), self.__dict__.copy()
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def lsg_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``cls``, a self-attention class, that attends by LSG."""
-    return type(f"LSG{cls.__name__}", (LSGSelfAttention, cls), {"__module__": __name__, "original": cls})
+    """The subclass of ``cls``, a self-attention class, that attends by LSG; always the same one."""
+    if cls not in _CLASSES:
+        attributes = {"__module__": __name__, "original": cls}
+        made = type(f"LSG{cls.__name__}", (LSGSelfAttention, cls), attributes)
+        _CLASSES.setdefault(cls, made)
+    return _CLASSES[cls]
 
 
 def swap_attention(

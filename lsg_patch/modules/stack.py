@@ -52,7 +52,7 @@ class Argument:
     def get(self, args: Args, kwargs: Kwargs) -> Any:
         if self.position is not None and self.position < len(args):
             return args[self.position]
-        return kwargs[self.name] if self.name in kwargs else None
+        return kwargs.get(self.name)
 
     def put(self, value: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.position is not None and self.position < len(args):

@@ -12,7 +12,11 @@ from tests import golden
 from tests.tokenizers import tokenizer_like
 
 # sinusoidal tables are not tiled
-TILED = [e for e in golden.entries("conversion") if "positions are sinusoids of the new length, not tiles" not in e["flags"]]
+TILED = [
+    e
+    for e in golden.entries("conversion")
+    if "positions are sinusoids of the new length, not tiles" not in e["flags"]
+]
 WITH_TOKEN_TYPE = ("bert", "electra", "albert")
 
 

@@ -13,12 +13,18 @@ from tests import golden
 from tests.tokenizers import tokenizer_like
 
 CASES = golden.entries("model")
-PRECISIONS = [(entry, dtype) for entry in CASES for dtype in (torch.float64, torch.float32)
-              if dtype is torch.float32 or entry["tol_fp64"] is not None]
+PRECISIONS = [
+    (entry, dtype)
+    for entry in CASES
+    for dtype in (torch.float64, torch.float32)
+    if dtype is torch.float32 or entry["tol_fp64"] is not None
+]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
 
 
-def patched_model(entry: golden.Entry, tensors: dict[str, Tensor], task: str | None, dtype: torch.dtype) -> Any:
+def patched_model(
+    entry: golden.Entry, tensors: dict[str, Tensor], task: str | None, dtype: torch.dtype
+) -> Any:
     """The vanilla model of a case, patched with the case's settings, global rows and projections."""
     model, meta, _ = golden.vanilla_model(entry["model"], task, dtype)
     conversion = meta["conversion"]
@@ -31,7 +37,11 @@ def patched_model(entry: golden.Entry, tensors: dict[str, Tensor], task: str | N
     )
     with torch.no_grad():
         lsg_patch.global_embeddings(model).copy_(tensors["global_embeddings"])
-    drawn = iter(sorted((n for n in tensors if n.startswith("lsh.randn")), key=lambda n: int(n.split(".")[-1])))
+    drawn = iter(
+        sorted(
+            (n for n in tensors if n.startswith("lsh.randn")), key=lambda n: int(n.split(".")[-1])
+        )
+    )
     for name, buffer in model.named_buffers():
         if "lsh_projection" in name:
             random = next(drawn, None)
@@ -53,10 +63,18 @@ def assert_rows(got: Tensor, want: Tensor, lengths: list[int], tolerance: float)
 
 
 def test_there_are_cases_of_every_family() -> None:
-    assert {entry["arch"] for entry in CASES} >= {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
+    assert {entry["arch"] for entry in CASES} >= {
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "electra",
+    }
 
 
-@pytest.mark.parametrize(("entry", "dtype"), PRECISIONS, ids=lambda x: x["name"] if isinstance(x, dict) else str(x))
+@pytest.mark.parametrize(
+    ("entry", "dtype"), PRECISIONS, ids=lambda x: x["name"] if isinstance(x, dict) else str(x)
+)
 def test_base_model(entry: golden.Entry, dtype: torch.dtype) -> None:
     tensors = golden.tensors(entry)
     tolerance = entry["tol_fp64" if dtype is torch.float64 else "tol_fp32"]

@@ -45,7 +45,9 @@ def block_attention(
     local = _seen(length, geometry, (geometry.local_window,), tokens.key.shape[2], device)
     if geometry.is_causal:
         local = local.tril()
-    sides = [(global_keys, torch.ones(length, global_keys.key.shape[2], dtype=torch.bool, device=device))]
+    sides = [
+        (global_keys, torch.ones(length, global_keys.key.shape[2], dtype=torch.bool, device=device))
+    ]
     if sparse is not None:
         windows = geometry.sparse_windows
         sides.append((sparse, _seen(length, geometry, windows, sparse.key.shape[2], device)))
@@ -62,7 +64,11 @@ def block_attention(
 
 
 def _seen(
-    length: int, geometry: Geometry, windows: tuple[Window, ...], num_keys: int, device: torch.device
+    length: int,
+    geometry: Geometry,
+    windows: tuple[Window, ...],
+    num_keys: int,
+    device: torch.device,
 ) -> Tensor:
     """(T, num_keys): which keys the windows of each token's block hold."""
     block = torch.arange(length, device=device)[:, None] // geometry.block_size

@@ -109,6 +109,6 @@ def _pieces(batch: int, heads: int, blocks: int, most: int) -> Iterator[tuple[in
 
 def _is_compiling() -> bool:
     """Whether this is being traced, where a loop over pieces would be unrolled."""
-    compiler = getattr(torch, "compiler", None)
-    is_compiling = getattr(compiler, "is_compiling", None)  # torch 2.3 and later
-    return torch.jit.is_tracing() or (is_compiling() if is_compiling else torch._dynamo.is_compiling())
+    is_compiling = getattr(torch.compiler, "is_compiling", None)  # torch 2.3 and later
+    compiling = is_compiling() if is_compiling else torch._dynamo.is_compiling()
+    return bool(compiling or torch._C._get_tracing_state())

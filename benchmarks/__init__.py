@@ -1,0 +1,1 @@
+"""Measurements of patched models against others, in one process: `python -m benchmarks --help`."""

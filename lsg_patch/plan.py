@@ -1,0 +1,162 @@
+"""Everything that a patch will change, found and checked before anything is changed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lsg_patch import compat
+from lsg_patch.config import LSGConfig
+from lsg_patch.families import Family, find_modules
+from lsg_patch.modules.global_embeddings import initial_rows
+from lsg_patch.tokenizer import find_token_ids
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Plan:
+    """The places in a model, and the first global tokens.
+
+    ``offset`` is the number of rows before that of position 0 in the table ``positions``;
+    ``global_rows`` (num_global_tokens, width), or None for none.
+    """
+
+    attentions: list[nn.Module]
+    stack: nn.Module
+    embeddings: nn.Module
+    words: nn.Embedding
+    positions: nn.Embedding
+    token_types: nn.Embedding | None
+    offset: int
+    global_rows: Tensor | None = None
+
+
+def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any) -> Plan:
+    """Find what is to be changed in ``base``.
+
+    Raises:
+        ValueError: the model is of a kind that cannot be patched, or a token id is not to be found.
+        TypeError: it is not built as its family is.
+    """
+    _check_kind(base)
+    try:
+        plan = _locate(base, family)
+    except AttributeError as error:
+        raise TypeError(
+            f"{type(base).__name__} is not built like a {family.name} model: {error}"
+        ) from error
+    if not plan.attentions:
+        raise ValueError(f"{type(base).__name__} has no layers: there is nothing to patch")
+    _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
+    _check_positions(base, plan, config)
+    _warn_of_unseen_tokens(plan, family, config)
+    if config.num_global_tokens:
+        plan.global_rows = _global_rows(base, plan, config, tokenizer)
+    return plan
+
+
+def _check_kind(base: nn.Module) -> None:
+    model_config: Any = base.config
+    if getattr(model_config, "is_decoder", False):
+        raise ValueError(
+            "decoders (config.is_decoder=True) are not supported yet: set config.is_decoder=False "
+            "before loading, to use the model as an encoder"
+        )
+    if compat.has_relative_positions(model_config):
+        raise ValueError(
+            f"position_embedding_type={model_config.position_embedding_type!r}: relative positions "
+            "are part of the attention itself and cannot be patched; use a model with absolute ones"
+        )
+
+
+def _locate(base: nn.Module, family: Family) -> Plan:
+    embeddings = base.get_submodule(family.embeddings)
+
+    def table(name: str) -> nn.Embedding:
+        found = embeddings.get_submodule(name)
+        if not isinstance(found, nn.Embedding):
+            raise AttributeError(
+                f"{family.embeddings}.{name} is a {type(found).__name__}, not an Embedding"
+            )
+        return found
+
+    for name in family.global_path:
+        embeddings.get_submodule(name)
+    attentions = find_modules(base, family.attentions)
+    names = family.names
+    for module in attentions:
+        for name in (names.query, names.key, names.value):
+            module.get_submodule(name)
+        for name in (names.heads, names.dropout):
+            getattr(module, name)
+    positions = table(family.positions)
+    return Plan(
+        attentions=attentions,
+        stack=base.get_submodule(family.stack),
+        embeddings=embeddings,
+        words=table(family.words),
+        positions=positions,
+        token_types=table(family.token_types) if family.token_types else None,
+        offset=family.position_offset(positions),
+    )
+
+
+def _check_forwards(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        own = vars(module).get("forward")
+        if own is not None and not compat.is_left_behind(module, own):
+            raise ValueError(
+                f"the forward of a {type(module).__name__} was replaced by {own!r}, which would hide "
+                "the patch: patch the model first, or take the replacement away"
+            )
+
+
+def _check_positions(base: nn.Module, plan: Plan, config: LSGConfig) -> None:
+    model_config: Any = base.config
+    rows, target = plan.positions.num_embeddings, config.max_position_embeddings + plan.offset
+    stated = model_config.max_position_embeddings
+    if stated not in (rows, target):
+        raise ValueError(
+            f"config.max_position_embeddings is {stated}, but the model has a table of {rows}. If the "
+            "config object is shared with another patched model, give this one its own "
+            "(model.config = copy.deepcopy(model.config)); else set it to the table's"
+        )
+    if target < rows:
+        logger.warning(
+            "max_position_embeddings=%d shortens the model's %d positions",
+            config.max_position_embeddings,
+            rows - plan.offset,
+        )
+
+
+def _warn_of_unseen_tokens(plan: Plan, family: Family, config: LSGConfig) -> None:
+    heads = getattr(plan.attentions[0], family.names.heads)
+    strided = config.sparsity_type in ("stride", "block_stride")
+    if strided and (config.sparsity_factor or 0) > heads:
+        logger.warning(
+            "sparsity_factor=%d is more than the %d heads: some tokens are seen by none of them",
+            config.sparsity_factor,
+            heads,
+        )
+
+
+def _global_rows(base: nn.Module, plan: Plan, config: LSGConfig, tokenizer: Any) -> Tensor:
+    by_mask_token = not config.random_global_init
+    needs_mask = by_mask_token and config.num_global_tokens > 1
+    bos_id, mask_id = find_token_ids(base.config, tokenizer, needs_mask)
+    return initial_rows(
+        plan.words.weight.detach(),
+        plan.positions.weight.detach()[plan.offset :],
+        plan.token_types.weight[0].detach() if plan.token_types is not None else None,
+        num_global_tokens=config.num_global_tokens,
+        stride=config.global_positional_stride,
+        bos_id=bos_id,
+        mask_id=mask_id,
+        random_init=config.random_global_init,
+        seed=config.seed,
+    )

