@@ -96,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.check and missed:
         for r in missed:
             what = f"{r.comparison}, {r.case}, {r.side}"
-            print(f"missed: {what}: {r.ratio.median:.2f}, at most {r.bar}", file=sys.stderr)
+            print(
+                f"missed: {what}: {r.ratio.median:.2f} (best {r.best:.2f}), at most {r.bar}",
+                file=sys.stderr,
+            )
         return 1
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ class Options:
     selections: tuple[str, ...] = SELECTIONS
     memory_selections: tuple[str, ...] = ("norm",)
     layers: int = 2
-    rounds: Rounds = Rounds()
+    rounds: Rounds = field(default_factory=Rounds)
 
 
 @torch.inference_mode()
@@ -61,6 +61,7 @@ def memory(options: Options) -> Iterator[list[Record]]:
                 case=case,
                 side=selection,
                 ratio=Spread.of([growth]),
+                best=growth,
                 value=Spread.of([peak]),
                 unit="MiB",
                 samples=1,

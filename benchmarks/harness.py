@@ -41,7 +41,8 @@ class Record:
     comparison: str
     case: str
     side: str
-    ratio: Spread  # to the comparison's reference
+    ratio: Spread  # to the comparison's reference, round by round
+    best: float  # ratio of the fastest runs: what a busy machine disturbs least
     value: Spread  # in `unit`
     unit: str
     samples: int
@@ -101,6 +102,7 @@ def records_of(
             case=case,
             side=side.name,
             ratio=Spread.of([t / r for t, r in zip(times, reference, strict=True)]),
+            best=min(times) / min(reference),
             value=Spread.of([1e3 * t for t in times]),
             unit="ms",
             samples=len(times),
@@ -112,8 +114,11 @@ def records_of(
 
 def render(records: Sequence[Record]) -> str:
     """Records as an aligned table, the ratio first."""
-    header = ("comparison", "case", "side", "ratio", "(min..max)", "bar", "median", "(min..max)", "n")
-    rows = [header]
+    header = (
+        *("comparison", "case", "side", "ratio", "(min..max)", "best", "bar"),
+        *("median", "(min..max)", "n"),
+    )
+    rows: list[tuple[str, ...]] = [header]
     for r in records:
         digits = 1 if r.value.high < 1000 else 0
         rows.append(
@@ -123,6 +128,7 @@ def render(records: Sequence[Record]) -> str:
                 r.side,
                 f"{r.ratio.median:.2f}",
                 f"({r.ratio.low:.2f}..{r.ratio.high:.2f})",
+                f"{r.best:.2f}",
                 "" if r.bar is None else f"{'MISSED ' if r.missed else ''}{r.bar:.2f}",
                 f"{r.value.median:,.{digits}f} {r.unit}",
                 f"({r.value.low:,.{digits}f}..{r.value.high:,.{digits}f})",

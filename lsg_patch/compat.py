@@ -18,6 +18,10 @@ def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
+# a padding mask's name: most families; DistilBERT's stack, and its attention, before 5.0
+MASK_NAMES = ("attention_mask", "attn_mask", "mask")
+
+
 def passes_masks_of_four_dimensions(base: nn.Module) -> bool:
     """Whether a base model hands a (B, 1, 1, T) mask to its layers as it is.
 

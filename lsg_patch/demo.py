@@ -35,8 +35,7 @@ QUERY_TOKENS = (40, 60)  # shortest and longest query
 
 # Modules whose documentation has some 2,000 tokens and more, no machine-dependent import, and no
 # date of removal. More than are asked for by default: some are missing on some systems.
-MODULES = tuple(
-    """
+_MODULES = """
     abc argparse array ast asyncio.base_events asyncio.events asyncio.locks asyncio.queues
     asyncio.streams asyncio.tasks asyncio.transports bdb binascii builtins bz2 calendar code codecs
     collections collections.abc concurrent.futures configparser contextlib csv ctypes dataclasses
@@ -52,8 +51,8 @@ MODULES = tuple(
     urllib.request uuid wave weakref wsgiref.handlers wsgiref.simple_server xml.dom.minidom
     xml.dom.pulldom xml.etree.ElementTree xml.sax.handler xml.sax.saxutils xml.sax.xmlreader
     xmlrpc.client xmlrpc.server zipfile zoneinfo
-    """.split()
-)
+"""
+MODULES = tuple(_MODULES.split())
 
 
 class DemoError(Exception):
@@ -117,7 +116,8 @@ def module_text(name: str) -> str | None:
             module = importlib.import_module(name)
         except ImportError:
             return None
-        return clean_pydoc(pydoc.plain(pydoc.render_doc(module, renderer=pydoc.plaintext)))
+        renderer = pydoc.plaintext  # type: ignore[attr-defined]
+        return clean_pydoc(pydoc.plain(pydoc.render_doc(module, renderer=renderer)))
 
 
 def build_documents(
@@ -310,7 +310,7 @@ def bundled_model() -> str:
 
 @contextmanager
 def _no_loading_bar() -> Iterator[None]:
-    """transformers 5 shows a bar of its own while it loads weights, also where nobody looks."""
+    """Hide the bar that transformers 5 shows while it loads weights, also where nobody looks."""
     settings = transformers.utils.logging
     was_on = getattr(settings, "is_progress_bar_enabled", lambda: False)()
     if was_on:
@@ -330,14 +330,14 @@ def load_encoder(name: str) -> tuple[nn.Module, Any]:
         raise DemoError(f"cannot load {name}: {error}") from error
 
 
-def own_limit(model: nn.Module, tokenizer: Any) -> int:
+def own_limit(model: Any, tokenizer: Any) -> int:
     """The number of tokens the model reads as it was published."""
-    limit: int = model.config.max_position_embeddings  # type: ignore[assignment, union-attr]
+    limit: int = model.config.max_position_embeddings
     for name, module in model.named_modules():
         # RoBERTa's table begins with rows that no token of a text uses.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
-            limit -= module.padding_idx + 1  # type: ignore[operator]
-    return min(limit, tokenizer.model_max_length)
+            limit -= module.padding_idx + 1
+    return min(limit, int(tokenizer.model_max_length))
 
 
 def run_side(
@@ -399,7 +399,7 @@ def measure(options: DemoOptions) -> dict[str, Any]:
     try:
         config = LSGConfig(
             block_size=options.block_size,
-            sparsity_type=options.sparsity_type,  # type: ignore[arg-type]
+            sparsity_type=options.sparsity_type,
             max_position_embeddings=options.max_length,
         )
     except (TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family, find_base
 from lsg_patch.modules import stack
+from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.position_table import resize_buffers, resize_positions
 from lsg_patch.modules.self_attention import swap_attention
@@ -198,7 +199,7 @@ def _apply(
         journal.set_attribute(base, name, value)
     for index, module in enumerate(plan.attentions):
         # every layer its own projections; a seed gives the same ones each time
-        swap_attention(module, config, family.names, (config.seed or 0) + index, journal)
+        swap_attention(module, config, family, (config.seed or 0) + index, journal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
         prepend = stack.PrependGlobals(family.global_path)
@@ -211,29 +212,29 @@ def _apply(
 def _hook_edges(base: nn.Module, plan: Plan, config: LSGConfig, journal: Journal) -> None:
     of_base = compat.forward_parameters(base)
     of_stack = compat.forward_parameters(plan.stack)
-    mask = stack.Argument.of("attention_mask", of_base)
-    attentions = stack.Argument.of("output_attentions", of_base)
+    mask = Argument.of(of_base, *compat.MASK_NAMES)
+    attentions = Argument.of(of_base, "output_attentions")
     enter_model = stack.EnterModel(
         config,
-        ids=stack.Argument.of("input_ids", of_base),
-        embeds=stack.Argument.of("inputs_embeds", of_base),
+        ids=Argument.of(of_base, "input_ids"),
+        embeds=Argument.of(of_base, "inputs_embeds"),
         mask=mask,
-        positions=stack.Argument.of("position_ids", of_base),
-        head_mask=stack.Argument.of("head_mask", of_base),
+        positions=Argument.of(of_base, "position_ids"),
+        head_mask=Argument.of(of_base, "head_mask"),
         wants_attentions=attentions,
         four_dimensions=compat.passes_masks_of_four_dimensions(base),
     )
     journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
-    stack_mask = stack.Argument.of("attention_mask", of_stack)
-    enter_stack = stack.EnterStack(config, stack.Argument(of_stack[0], 0), stack_mask)
+    stack_mask = Argument.of(of_stack, *compat.MASK_NAMES)
+    enter_stack = stack.EnterStack(config, Argument.of(of_stack, of_stack[0]), stack_mask)
     journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
     # before other hooks on the outputs, which then see what the unpatched model gives
     collects = compat.stack_collects_hidden_states(plan.stack)
-    leave_stack = stack.LeaveStack(stack_mask, collects)
-    journal.add_hook(plan.stack.register_forward_hook(leave_stack, with_kwargs=True, prepend=True))
+    after_stack = stack.LeaveStack(stack_mask, collects)
+    journal.add_hook(plan.stack.register_forward_hook(after_stack, with_kwargs=True, prepend=True))
     if not collects:
-        leave_model = stack.LeaveModel(config, mask, attentions, len(plan.attentions))
-        journal.add_hook(base.register_forward_hook(leave_model, with_kwargs=True, prepend=True))
+        after_model = stack.LeaveModel(config, mask, attentions, len(plan.attentions))
+        journal.add_hook(base.register_forward_hook(after_model, with_kwargs=True, prepend=True))
 
 
 def _drop_stale_forward(module: nn.Module) -> None:

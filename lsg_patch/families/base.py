@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def no_offset(positions: nn.Module) -> int:
@@ -17,6 +18,11 @@ def after_padding_row(positions: nn.Module) -> int:
     """Positions begin after the row of the padding index (RoBERTa: row 2)."""
     padding_idx = positions.padding_idx
     return 0 if padding_idx is None else int(padding_idx) + 1  # type: ignore[arg-type]
+
+
+def context_alone(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
+    """The module gives the joined heads; what follows them is outside of it."""
+    return context
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Family:
         begins_with_cls: whether inputs begin with the cls/bos token, which the first global token
             can then stand in for.
         names: the attributes of a self-attention module.
+        output: what a self-attention module makes of its input (B, N, width) and of the joined
+            heads (B, N, heads * head size): ``output(module, hidden, context)``.
     """
 
     name: str
@@ -62,7 +70,8 @@ class Family:
     position_offset: Callable[[nn.Module], int] = no_offset
     position_buffers: tuple[str, ...] = ("position_ids", "token_type_ids")
     begins_with_cls: bool = True
-    names: AttentionNames = field(default_factory=AttentionNames)
+    names: AttentionNames = AttentionNames()
+    output: Callable[[Any, Tensor, Tensor], Tensor] = context_alone
 
 
 def find_modules(root: nn.Module, path: str) -> list[nn.Module]:

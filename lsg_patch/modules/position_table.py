@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def tiled(rows: Tensor, offset: int, length: int) -> Tensor:
 
 def resize_positions(table: nn.Embedding, offset: int, length: int, journal: Journal) -> None:
     """Give ``table`` rows for ``length`` positions after its first ``offset`` rows."""
-    old = table.weight
+    old = cast("nn.Parameter", table.weight)
     journal.record(PositionsResized(table, old))
     table.weight = nn.Parameter(
         tiled(old.detach(), offset, length), requires_grad=old.requires_grad

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from lsg_patch import compat
 from lsg_patch.attention import draw_projections, lsg_attention, projection_shapes
 from lsg_patch.config import LSGConfig
-from lsg_patch.families import AttentionNames
+from lsg_patch.families import AttentionNames, Family
+from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.stack import Layout
 from lsg_patch.undo import Journal
 
 
 @dataclass(frozen=True)
 class AttentionState:
-    """What a swapped module knows: the settings, its own attributes' names, the number of rounds."""
+    """What a swapped module knows besides what it was: the settings, its family, its arguments.
+
+    ``rounds`` is the number of its projections for lsh.
+    """
 
     config: LSGConfig
     names: AttentionNames
-    rounds: int = 0
+    output: Callable[[Any, Tensor, Tensor], Tensor]
+    hidden: Argument
+    mask: Argument
+    rounds: int
 
 
 class LSGSelfAttention(nn.Module):
@@ -33,23 +42,21 @@ class LSGSelfAttention(nn.Module):
     lsg: AttentionState
     original: type[nn.Module]
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """``hidden_states`` (B, num_global_tokens + T, width); the mask is the stack's ``Layout``.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Hidden states (B, num_global_tokens + T, width), and the stack's ``Layout`` as the mask.
 
-        Returns the context (B, num_global_tokens + T, width), and None for the attention maps.
+        Returns what the module gives, (B, num_global_tokens + T, width), and None for the maps.
         """
-        if not isinstance(attention_mask, Layout):
+        lsg = self.lsg
+        config, names = lsg.config, lsg.names
+        hidden, layout = lsg.hidden.get(args, kwargs), lsg.mask.get(args, kwargs)
+        if not isinstance(layout, Layout):
             raise RuntimeError(
                 f"{type(self).__name__} runs inside its model only: the layer stack lays its input "
                 "out. Call the model, or unpatch it to use a layer alone"
             )
-        config, names = self.lsg.config, self.lsg.names
         heads = getattr(self, names.heads)
-        projected = [
-            getattr(self, name)(hidden_states) for name in (names.query, names.key, names.value)
-        ]
+        projected = [getattr(self, name)(hidden) for name in (names.query, names.key, names.value)]
         query, key, value = (
             x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2) for x in projected
         )
@@ -57,17 +64,17 @@ class LSGSelfAttention(nn.Module):
             query,
             key,
             value,
-            attention_mask.key_mask,
+            layout.key_mask,
             block_size=config.block_size,
             sparse_block_size=config.sparse_block_size,
             sparsity_factor=config.sparsity_factor,
             sparsity_type=config.sparsity_type,
             num_global_tokens=config.num_global_tokens,
-            lsh_projections=[getattr(self, _projection_name(i)) for i in range(self.lsg.rounds)],
+            lsh_projections=[getattr(self, _projection_name(i)) for i in range(lsg.rounds)],
             dropout_p=self._dropout_p(),
             backend=config.backend,
         )
-        return context.transpose(1, 2).flatten(2), None
+        return lsg.output(self, hidden, context.transpose(1, 2).flatten(2)), None
 
     def _dropout_p(self) -> float:
         if not self.training:
@@ -94,9 +101,10 @@ def lsg_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def swap_attention(
-    module: nn.Module, config: LSGConfig, names: AttentionNames, seed: int, journal: Journal
+    module: nn.Module, config: LSGConfig, family: Family, seed: int, journal: Journal
 ) -> None:
     """Make ``module`` attend by LSG."""
+    names = family.names
     shapes: list[tuple[int, int, int]] = []
     if config.sparsity_type == "lsh":
         heads = getattr(module, names.heads)
@@ -106,7 +114,11 @@ def swap_attention(
     for i, projection in enumerate(draw_projections(shapes, seed)):
         # buffers, so that they move with the module and reach its replicas
         journal.add_buffer(module, _projection_name(i), projection.to(like))
-    journal.set_attribute(module, "lsg", AttentionState(config, names, len(shapes)))
+    parameters = compat.forward_parameters(module)
+    hidden = Argument.of(parameters, parameters[0])
+    mask = Argument.of(parameters, *compat.MASK_NAMES)
+    state = AttentionState(config, names, family.output, hidden, mask, len(shapes))
+    journal.set_attribute(module, "lsg", state)
     journal.set_class(module, lsg_class(type(module)))
 
 

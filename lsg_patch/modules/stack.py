@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsg_patch.config import LSGConfig
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
+from lsg_patch.modules.arguments import Args, Argument, Kwargs
 
 
 class Layout(NamedTuple):
@@ -36,28 +34,6 @@ class Layout(NamedTuple):
 
     key_mask: Tensor | None
     rows: Tensor
-
-
-@dataclass(frozen=True)
-class Argument:
-    """A parameter of a forward, found by keyword or by position (None: by keyword only)."""
-
-    name: str
-    position: int | None
-
-    @classmethod
-    def of(cls, name: str, parameters: tuple[str, ...]) -> Argument:
-        return cls(name, parameters.index(name) if name in parameters else None)
-
-    def get(self, args: Args, kwargs: Kwargs) -> Any:
-        if self.position is not None and self.position < len(args):
-            return args[self.position]
-        return kwargs.get(self.name)
-
-    def put(self, value: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        if self.position is not None and self.position < len(args):
-            return args[: self.position] + (value,) + args[self.position + 1 :], kwargs
-        return args, {**kwargs, self.name: value}
 
 
 def lay_out(mask: Tensor | None, length: int, config: LSGConfig, device: torch.device) -> Layout:

@@ -231,6 +231,39 @@ def test_equals_the_oracle(sparsity_type: str, first_token_global: bool, example
     check()
 
 
+@pytest.mark.parametrize(
+    ("block_size", "sparse_block_size", "sparsity_factor"),
+    [(12, 14, 2), (8, 10, 2), (16, 20, 4), (12, 4, 2), (8, 6, 2), (16, 12, 2), (4, 9, 1)],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_windows_that_cut_a_chunk(
+    sparsity_type: str,
+    backend: str,
+    block_size: int,
+    sparse_block_size: int,
+    sparsity_factor: int,
+) -> None:
+    """The order inside a chunk counts here, and norm's is by score."""
+    sizes = {
+        "block_size": block_size,
+        "sparse_block_size": sparse_block_size,
+        "sparsity_factor": sparsity_factor,
+    }
+    inputs = _inputs(2, HEADS, 117, HEAD_DIM)
+    mask = torch.ones(2, 117, dtype=torch.bool)
+    mask[0, [7, 8, 9, 40, 77, 78, 79, 80, 81, 100]] = False
+    mask[1, 95:] = False
+    arguments: dict[str, Any] = sizes | {
+        "padding_mask": mask,
+        "sparsity_type": sparsity_type,
+        "lsh_projections": _projections(HEADS, HEAD_DIM, **sizes, pre_rounds=1),
+    }
+    expected = oracle_attention(*inputs, **arguments).output
+    actual = lsg_attention(*inputs, **arguments, backend=backend)
+    assert _error(actual, expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [12, TOKENS], ids=["short", "long"])
@@ -337,15 +370,26 @@ def test_norm_prefers_a_visible_zero_key_to_padding(backend: str) -> None:
 # --- (b) padding ----------------------------------------------------------------------------------
 
 
+# The largest content that each dtype takes here, and what rounding may do to the visible rows.
+HUGE: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e30, TOLERANCE),
+    torch.float32: (1e30, 1e-5),
+    torch.bfloat16: (1e38, 2e-2),
+    torch.float16: (6e4, 2e-3),
+}
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sparsity_type", TYPES)
 @pytest.mark.parametrize("factor", [2, 8])
+@pytest.mark.parametrize("dtype", HUGE, ids=str)
 def test_padding_content_reaches_no_visible_row(
-    sparsity_type: str, factor: int, backend: str, is_causal: bool
+    dtype: torch.dtype, factor: int, sparsity_type: str, backend: str, is_causal: bool
 ) -> None:
     """Huge numbers in masked positions change nothing; factor 8 is lsh as bos_pooling."""
-    inputs = _inputs(2, HEADS, TOKENS + 2, HEAD_DIM)
+    g = SETTINGS["num_global_tokens"]
+    inputs = _inputs(2, HEADS, TOKENS + g, HEAD_DIM, dtype=dtype)
     mask = _fixed_mask()
     arguments = SETTINGS | {
         "padding_mask": mask,
@@ -353,17 +397,20 @@ def test_padding_content_reaches_no_visible_row(
         "sparsity_type": sparsity_type,
         "is_causal": is_causal,
         "lsh_projections": _fixed_projections() if factor == 2 else None,
+        "backend": backend,
     }
-    is_padding = torch.cat([torch.zeros(2, 2, dtype=torch.bool), ~mask], dim=1)[:, None, :, None]
-    expected = lsg_attention(*inputs, **arguments, backend=backend)
-    for content in (1e30, -1e30):
-        filled = (x.masked_fill(is_padding, content) for x in inputs)
-        actual = lsg_attention(*filled, **arguments, backend=backend)
-        keep = ~is_padding
-        if is_causal:
-            keep = keep.clone()
-            keep[:, :, :2] = False
-        assert _error(actual.masked_fill(~keep, 0), expected.masked_fill(~keep, 0)) <= TOLERANCE
+    is_padding = torch.cat([torch.zeros(2, g, dtype=torch.bool), ~mask], dim=1)
+    is_compared = ~is_padding
+    if is_causal:
+        is_compared[:, :g] = False
+    rows, positions = is_compared.nonzero(as_tuple=True)
+    content, tolerance = HUGE[dtype]
+
+    expected = lsg_attention(*inputs, **arguments)[rows, :, positions]
+    for number in (content, -content):
+        filled = (x.masked_fill(is_padding[:, None, :, None], number) for x in inputs)
+        actual = lsg_attention(*filled, **arguments)[rows, :, positions]
+        assert _error(actual, expected) <= tolerance
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -509,7 +556,7 @@ def test_autocast(sparsity_type: str, backend: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = lsg_attention(*inputs, **arguments)
     assert actual.isfinite().all()
-    errors = (actual.float() - expected).abs().amax(dim=-1)
+    errors = (actual.float() - expected).detach().abs().amax(dim=-1)
     assert float(errors.quantile(0.75)) < 16 * torch.finfo(torch.bfloat16).eps
     for gradient in torch.autograd.grad(actual.float().square().sum(), inputs):
         assert gradient.isfinite().all()
@@ -602,6 +649,20 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "lsh_num_pre_rounds negative": (
         {"lsh_num_pre_rounds": -1, "sparsity_type": "lsh"},
         "lsh_num_pre_rounds",
+    ),
+    "too few lsh_projections": (
+        {"sparsity_type": "lsh", "lsh_projections": [torch.ones(HEADS, HEAD_DIM, 4)]},
+        "lsh_projections",
+    ),
+    "lsh_projections of another size": (
+        {
+            "sparsity_type": "lsh",
+            "lsh_projections": [
+                torch.ones(HEADS, HEAD_DIM, 5),
+                torch.ones(HEADS, HEAD_DIM, 2),
+            ],
+        },
+        "lsh_projections",
     ),
     "unknown sparsity_type": ({"sparsity_type": "nrom"}, "sparsity_type"),
     "unknown backend": ({"backend": "flash"}, "backend"),

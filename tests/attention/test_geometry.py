@@ -28,7 +28,10 @@ def test_windows_meet_and_do_not_overlap(geometry: Geometry, block: int) -> None
 
     local = span(geometry.local_window, 1)
     own_end = (block + 1) * geometry.block_size
-    assert local == (own_end - 2 * geometry.block_size, own_end + (0 if geometry.is_causal else geometry.block_size))
+    assert local == (
+        own_end - 2 * geometry.block_size,
+        own_end + (0 if geometry.is_causal else geometry.block_size),
+    )
     sparse = [span(window, geometry.sparsity_factor) for window in geometry.sparse_windows]
     if not geometry.has_sparse:
         assert sparse == []
@@ -38,7 +41,13 @@ def test_windows_meet_and_do_not_overlap(geometry: Geometry, block: int) -> None
     assert sparse[1:] == ([] if geometry.is_causal else [(local[1], local[1] + reach)])
 
 
-@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 7), st.integers(1, 4)), min_size=1, max_size=3), st.integers(1, 6), st.integers(1, 25))
+@given(
+    st.lists(
+        st.tuples(st.integers(-9, 9), st.integers(1, 7), st.integers(1, 4)), min_size=1, max_size=3
+    ),
+    st.integers(1, 6),
+    st.integers(1, 25),
+)
 def test_unfolded_windows_hold_what_their_ranges_say(
     shapes: list[tuple[int, int, int]], blocks: int, length: int
 ) -> None:
