@@ -40,11 +40,11 @@ _MODULES = """
     asyncio.streams asyncio.tasks asyncio.transports bdb binascii builtins bz2 calendar code codecs
     collections collections.abc concurrent.futures configparser contextlib csv ctypes dataclasses
     datetime decimal difflib dis doctest email.generator email.headerregistry email.message
-    email.parser email.policy enum fractions ftplib functools getopt graphlib gzip hashlib http
+    email.parser email.policy enum fractions ftplib functools getopt gzip hashlib http
     http.client http.cookiejar http.cookies http.server imaplib importlib.abc importlib.metadata
-    inspect io ipaddress itertools json.decoder json.encoder logging logging.config
-    logging.handlers lzma mailbox math mimetypes multiprocessing multiprocessing.managers
-    multiprocessing.pool multiprocessing.synchronize numbers operator optparse os pathlib pdb pickle
+    inspect io ipaddress itertools json.decoder logging logging.config
+    logging.handlers lzma mailbox math multiprocessing multiprocessing.managers
+    multiprocessing.synchronize numbers operator optparse os pathlib pdb pickle
     pkgutil platform poplib pstats queue random re secrets selectors shelve shutil signal smtplib
     socket socketserver sqlite3 ssl statistics struct subprocess symtable tarfile tempfile threading
     time tokenize traceback tracemalloc types typing unittest.case unittest.mock urllib.parse
@@ -105,7 +105,10 @@ def clean_pydoc(text: str) -> str:
     sections = re.split(r"^(?=[A-Z][A-Z ]+$)", text, flags=re.MULTILINE)
     dropped = ("MODULE REFERENCE", "MODULE DOCS", "DATA", "FILE", "CREDITS")
     kept = "".join(s for s in sections if s.partition("\n")[0] not in dropped)
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", kept).strip() + "\n"
+    kept = re.sub(r" at 0x[0-9a-fA-F]+", "", kept)
+    # Default values and modules are shown with the place where this Python is installed.
+    kept = re.sub(r"'(/|[A-Za-z]:\\)[^'\n]*[pP]ython[^'\n]*'", "'...'", kept)
+    return kept.strip() + "\n"
 
 
 def module_text(name: str) -> str | None:
@@ -128,6 +131,7 @@ def build_documents(
     minimum: int = MIN_DOCUMENT_TOKENS,
     modules: Sequence[str] = MODULES,
     files: Sequence[Path] = (),
+    progress: Callable[[int], object] | None = None,
 ) -> list[Document]:
     """All `files`, then the first `count` of `modules` with `minimum` tokens or more."""
     documents = []
@@ -148,6 +152,8 @@ def build_documents(
         text = text[: 16 * max(max_length, minimum)]
         if count_tokens([text])[0] >= minimum:
             documents.append(Document(name, text))
+            if progress is not None:
+                progress(1)
     return documents
 
 
@@ -418,12 +424,16 @@ def measure(options: DemoOptions) -> dict[str, Any]:
         ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [len(row) for row in ids]
 
-    with _bar("rendering documents", 1, options.json):
+    with _bar("rendering documents", options.documents, options.json) as bar:
         documents = build_documents(
-            options.documents, count_tokens, max_length=options.max_length, files=options.files
+            options.documents,
+            count_tokens,
+            max_length=options.max_length,
+            files=options.files,
+            progress=bar.update,
         )
-        # A query lies behind what the truncated reading sees and before where the long one ends.
-        queries = pick_queries(documents, count_tokens, first=limit, last=options.max_length - 2)
+    # A query lies behind what the truncated reading sees and before where the long one ends.
+    queries = pick_queries(documents, count_tokens, first=limit, last=options.max_length - 2)
     if not queries:
         raise DemoError(
             f"no document has a passage of its own between tokens {limit} and {options.max_length}"

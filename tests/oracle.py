@@ -14,6 +14,7 @@ are not global.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,6 +74,10 @@ def oracle_attention(
     sees_key = torch.ones(batch, length, dtype=torch.bool)
     for row in range(batch):
         visible = padding_mask[row] != 0
+        # Seen by all, as a global token is, whatever the padding mask says of it.
+        seen_by_full_queries = visible.clone()
+        if first_token_global:
+            seen_by_full_queries[0] = True
         for head in range(heads):
             global_keys, keys = key[row, head, :g], key[row, head, g:]
             global_values, values = value[row, head, :g], value[row, head, g:]
@@ -80,7 +85,7 @@ def oracle_attention(
             if not is_long:
                 front_keys, front_values = global_keys, global_values
                 sparse = _no_sparse_tokens(keys, values)
-                allowed = _short_mask(visible, g, is_causal)
+                allowed = _short_mask(seen_by_full_queries, g, is_causal)
             else:
                 visible_in_windows = visible.clone()
                 front_keys, front_values = global_keys, global_values
@@ -106,7 +111,7 @@ def oracle_attention(
                         projections=lsh_projections,
                     )
                 allowed = _long_mask(
-                    visible,
+                    seen_by_full_queries,
                     visible_in_windows,
                     sparse.visible,
                     b=block_size,
@@ -196,7 +201,7 @@ def _long_mask(
                 row_tokens[t + 1 :] = False
 
     if first_token_global and not is_causal:
-        # Query 0 is the global query: full attention, with the caller's mask.
+        # Query 0 is the global query: full attention.
         allowed[0] = False
         allowed[0, front + num_sparse :] = visible
     return allowed
@@ -236,11 +241,10 @@ def _select(
     pre_rounds: int,
     projections: Sequence[Tensor] | None,
 ) -> Sparse:
-    """Sparse tokens of one batch row and head; masked tokens fill up the last block and chunk."""
-    chunk = min(b, s)
+    """Sparse tokens of one batch row and head; masked tokens fill up the last block."""
+    # chunks tile the blocks: the reference's min(b, s), wherever that divides b
+    chunk = math.gcd(b, min(b, s))
     length = -(-keys.shape[0] // b) * b
-    if kind in ("norm", "lsh"):
-        length = -(-length // chunk) * chunk
     # Masked tokens carry nothing, whatever their numbers are.
     keys = _pad(torch.where(caller_visible[:, None], keys, torch.zeros_like(keys)), length)
     values = _pad(torch.where(caller_visible[:, None], values, torch.zeros_like(values)), length)

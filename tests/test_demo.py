@@ -41,12 +41,12 @@ def test_clean_pydoc_drops_what_depends_on_the_machine():
     page = (
         "Python Library Documentation: module m\n\nNAME\n    m - Does it.\n\n"
         "MODULE REFERENCE\n    https://docs.example/m.html\n\n    Automatically generated.\n\n"
-        "FUNCTIONS\n    f(x=<object object at 0x7f12ab>)\n        Do it.\n\n"
+        "FUNCTIONS\n    f(x=<object object at 0x7f12ab>, y='/opt/python3/lib/m.py')\n        Do it.\n\n"
         "DATA\n    environ = {'HOME': '/home/me'}\n\nFILE\n    /home/me/m.py\n\n"
     )
     cleaned = demo.clean_pydoc(page)
-    assert "m - Does it." in cleaned and "f(x=<object object>)" in cleaned
-    for gone in ("https", "generated", "environ", "/home/me", "0x7f12ab"):
+    assert "m - Does it." in cleaned and "f(x=<object object>, y='...')" in cleaned
+    for gone in ("https", "generated", "environ", "/home/me", "/opt", "0x7f12ab"):
         assert gone not in cleaned
 
 
@@ -215,10 +215,9 @@ def test_demo_on_real_documents(capsys):
     original, patched = report["sides"]
     assert (original["max_length"], patched["max_length"]) == (512, 1024)
     assert (original["tokens"], patched["tokens"]) == (6 * 512, 6 * 1024)
-    assert patched["peak_bytes"] > original["peak_bytes"] > 0
     for side in report["sides"]:
         assert 0 < side["recall_at_1"] <= side["mrr"] <= 1
-        assert side["seconds"] > 0
+        assert side["seconds"] > 0 and side["peak_bytes"] > 0
 
 
 def test_the_table_is_aligned_and_tells_the_verdict():

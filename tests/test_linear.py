@@ -37,7 +37,11 @@ def test_no_selection_is_quadratic_in_a_training_step(sparsity_type: str) -> Non
     model = tiny_model("bert", num_hidden_layers=1).train()
     used = {}
     with lsg_patch.patched(
-        model, block_size=32, sparse_block_size=32, sparsity_type=sparsity_type, max_position_embeddings=8192
+        model,
+        block_size=32,
+        sparse_block_size=32,
+        sparsity_type=sparsity_type,
+        max_position_embeddings=8192,
     ):
         for length in (2048, 8192):
             ids = ids_like(right_padded(length, length - 5), "bert")

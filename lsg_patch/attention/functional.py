@@ -79,13 +79,15 @@ def lsg_attention(
     Args:
         query, key, value: (B, H, N, D) with N = num_global_tokens + T, the global rows first.
         padding_mask: (B, T) over the rows that are not global; True or 1 where a token is seen.
-            None: all are seen.
+            None: all are seen. What stands in masked rows changes nothing, as long as its scores are
+            finite. bos_pooling weighs by the first row's query, which must then be a real token's.
         block_size: tokens a block, a multiple of ``sparsity_factor``.
         sparse_block_size: sparse tokens seen on each side, a multiple of ``sparsity_factor``;
             0 or None: no sparse part.
         sparsity_type: norm, pooling, lsh, stride, block_stride, bos_pooling or none.
         first_token_global: for sequences without global rows: token 0 is seen by all and sees all
-            (as in the reference's stand-alone layers). It stays in its place.
+            (as in the reference's stand-alone layers), whatever the mask says of it. It stays in
+            its place.
         is_causal: a token sees only what stands before it. The global rows then see each other
             alone, and the sparse tokens of the left side are seen.
         lsh_num_pre_rounds, lsh_projections, seed: for "lsh": rounds before the last one; the
@@ -115,16 +117,20 @@ def lsg_attention(
         )
     tokens_mask = _boolean_mask(padding_mask, query, num_global_tokens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if sparsity_type == "lsh" and lsh_projections is None:
+    if sparsity_type == "lsh":
         shapes = projection_shapes(geometry, query.shape[1], query.shape[3], lsh_num_pre_rounds)
-        lsh_projections = draw_projections(shapes, seed)
+        if lsh_projections is None:
+            lsh_projections = draw_projections(shapes, seed)
+        given = [tuple(projection.shape) for projection in lsh_projections]
+        if shapes and given != shapes:
+            raise ValueError(f"lsh_projections must be of the shapes {shapes}, not {given}")
 
     selectable_mask = tokens_mask
     if first_token_global:
         query, key, value = (torch.cat([x[:, :, :1], x], dim=2) for x in (query, key, value))
         # weighed pooling is by the first token's query, and counts that token where it stands
         tokens_mask = tokens_mask & (torch.arange(tokens_mask.shape[-1], device=query.device) > 0)
-        if sparsity_type != "bos_pooling":
+        if sparsity_type != "bos_pooling" or geometry.sparsity_factor == 1:
             selectable_mask = tokens_mask
     num_global = 1 if first_token_global else num_global_tokens
 

@@ -6,6 +6,7 @@ sequences" (arXiv 2210.15497), and the ranges that its reference implementation 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -71,8 +72,10 @@ class Geometry:
 
     @property
     def chunk(self) -> int:
-        """Tokens among which ``norm`` and ``lsh`` choose."""
-        return min(self.block_size, self.sparse_block_size)
+        """Tokens among which ``norm`` and ``lsh`` choose: a block, or the part that a smaller
+        sparse block divides it into. Chunks tile the blocks, so that none is cut by padding.
+        """
+        return math.gcd(self.block_size, min(self.block_size, self.sparse_block_size))
 
     def num_blocks(self, length: int) -> int:
         """Blocks that hold ``length`` tokens, the last one filled up with padding."""

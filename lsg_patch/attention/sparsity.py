@@ -38,14 +38,17 @@ def select(sparsity_type: str, inputs: SelectionInputs) -> Keys:
     """The sparse tokens of a sequence: (B, H, n, D) keys and values with a (B, 1 or H, n) mask."""
     if inputs.geometry.sparsity_factor == 1:
         return inputs.tokens
-    whole_blocks = _pad_to_multiple(inputs.tokens, inputs.geometry.block_size)
-    return SELECTIONS[sparsity_type](inputs._replace(tokens=whole_blocks))
+    missing = -inputs.tokens.key.shape[2] % inputs.geometry.block_size
+    if missing:
+        key, value, mask = inputs.tokens
+        key, value = (F.pad(x, (0, 0, 0, missing)) for x in (key, value))
+        inputs = inputs._replace(tokens=Keys(key, value, F.pad(mask, (0, missing))))
+    return SELECTIONS[sparsity_type](inputs)
 
 
 def _norm(inputs: SelectionInputs) -> Keys:
     """The tokens of the longest keys in each chunk, the earlier one first among equals."""
     tokens, geometry, *_ = inputs
-    tokens = _pad_to_multiple(tokens, geometry.chunk)
     kept = geometry.chunk // geometry.sparsity_factor
     key = tokens.key.detach()
     half = key.dtype in (torch.float16, torch.bfloat16)
@@ -106,7 +109,7 @@ def _lsh(inputs: SelectionInputs) -> Keys:
     geometry = inputs.geometry
     if geometry.sparsity_factor == geometry.sparse_block_size:
         return _bos_pooling(inputs)
-    tokens = _pad_to_multiple(inputs.tokens, geometry.chunk)
+    tokens = inputs.tokens
     dtype = tokens.key.dtype
     # sums of a whole chunk overflow float16 and lose bfloat16's few digits
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
@@ -141,7 +144,13 @@ SPARSITY_TYPES = (*SELECTIONS, "none")
 def projection_shapes(
     geometry: Geometry, heads: int, head_size: int, num_pre_rounds: int
 ) -> list[tuple[int, int, int]]:
-    """Shapes (H, D, hashes) of the random projections of ``lsh``, one a round, the last round last."""
+    """Shapes (H, D, hashes) of the random projections of ``lsh``, one a round, the last round last.
+
+    Raises:
+        ValueError: ``num_pre_rounds``, the argument lsh_num_pre_rounds, is negative.
+    """
+    if num_pre_rounds < 0:
+        raise ValueError(f"lsh_num_pre_rounds must be at least 0, not {num_pre_rounds}")
     if not geometry.has_sparse or geometry.sparsity_factor in (1, geometry.sparse_block_size):
         return []
     return [(heads, head_size, size // 2) for size in _round_sizes(geometry, num_pre_rounds + 1)]
@@ -197,12 +206,3 @@ def _pool(tokens: Keys, weights: Tensor, seen: Tensor) -> Keys:
 def _take(tokens: Keys, index: Tensor) -> Keys:
     mask = tokens.mask.expand(-1, tokens.key.shape[1], -1).gather(2, index)
     return Keys(take_rows(tokens.key, index), take_rows(tokens.value, index), mask)
-
-
-def _pad_to_multiple(tokens: Keys, size: int) -> Keys:
-    """``tokens`` with masked ones appended up to a multiple of ``size``."""
-    missing = -tokens.key.shape[2] % size
-    if not missing:
-        return tokens
-    key, value = (F.pad(x, (0, 0, 0, missing)) for x in (tokens.key, tokens.value))
-    return Keys(key, value, F.pad(tokens.mask, (0, missing)))

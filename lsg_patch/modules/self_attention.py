@@ -70,6 +70,7 @@ class LSGSelfAttention(nn.Module):
             sparsity_factor=config.sparsity_factor,
             sparsity_type=config.sparsity_type,
             num_global_tokens=config.num_global_tokens,
+            lsh_num_pre_rounds=config.lsh_num_pre_rounds,
             lsh_projections=[getattr(self, _projection_name(i)) for i in range(lsg.rounds)],
             dropout_p=self._dropout_p(),
             backend=config.backend,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,15 +14,6 @@ from tests.oracle import oracle_attention
 
 CASES = entries("attention_inner") + entries("attention_layer")
 CASE_NAMES = [entry["name"] for entry in CASES]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors are tiny here: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _arguments(entry: Entry, stored: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def block_attention(
             [x.flatten(0, 1) for x in value],
             mask.flatten(0, 1),
         )
-        return flat.view(batch, heads, -1, width)[:, :, :length]
+        return flat.view(batch, heads, blocks * geometry.block_size, width)[:, :, :length]
 
     # laid out as (B, T, H, D), so that joining the heads afterwards copies nothing
     out = query.new_empty(batch, blocks, geometry.block_size, heads, width).permute(0, 3, 1, 2, 4)
