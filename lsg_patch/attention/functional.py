@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lsg_patch.attention.backends import dense, sdpa
 from lsg_patch.attention.geometry import Geometry
@@ -115,8 +117,6 @@ def lsg_attention(
         raise ValueError(
             "first_token_global=True needs num_global_tokens=0: there is one or the other"
         )
-    tokens_mask = _boolean_mask(padding_mask, query, num_global_tokens)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if sparsity_type == "lsh":
         shapes = projection_shapes(geometry, query.shape[1], query.shape[3], lsh_num_pre_rounds)
         if lsh_projections is None:
@@ -124,56 +124,100 @@ def lsg_attention(
         given = [tuple(projection.shape) for projection in lsh_projections]
         if shapes and given != shapes:
             raise ValueError(f"lsh_projections must be of the shapes {shapes}, not {given}")
-
-    selectable_mask = tokens_mask
+    settings = _Settings(
+        geometry=geometry,
+        sparsity_type=sparsity_type or "none",
+        projections=lsh_projections or (),
+        dropout_p=dropout_p,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        backend="sdpa" if backend == "auto" else backend,
+    )
+    mask = None
+    if padding_mask is not None:
+        mask = padding_mask.to(torch.bool).expand(query.shape[0], -1)
     if first_token_global:
-        query, key, value = (torch.cat([x[:, :, :1], x], dim=2) for x in (query, key, value))
-        # weighed pooling is by the first token's query, and counts that token where it stands
-        tokens_mask = tokens_mask & (torch.arange(tokens_mask.shape[-1], device=query.device) > 0)
-        if sparsity_type != "bos_pooling" or geometry.sparsity_factor == 1:
-            selectable_mask = tokens_mask
-    num_global = 1 if first_token_global else num_global_tokens
+        return _with_first_token_in_front(query, key, value, mask, settings)
+    return _attention(query, key, value, mask, mask, num_global_tokens, settings)
 
-    length = query.shape[2] - num_global
-    global_keys, tokens = _split(key, value, tokens_mask, num_global)
-    everything = Keys(key, value, torch.cat([global_keys.mask, tokens.mask], dim=-1))
+
+class _Settings(NamedTuple):
+    geometry: Geometry
+    sparsity_type: str
+    projections: Sequence[Tensor]
+    dropout_p: float
+    scale: float
+    backend: str
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    selectable: Tensor | None,
+    num_global: int,
+    settings: _Settings,
+) -> Tensor:
+    """Attention of (B, H, N, D); ``selectable`` (B, T) are the tokens that selections may use."""
+    geometry, dropout_p, scale = settings.geometry, settings.dropout_p, settings.scale
+    batch, length = query.shape[0], query.shape[2] - num_global
+    of_tokens = slice(num_global, None)
+    seen = None if mask is None else F.pad(mask, (num_global, 0), value=True).unsqueeze(1)
     if length <= geometry.full_length:
-        token_query = query[:, :, num_global:] if is_causal else query
-        out = dense.full_attention(token_query, everything, dropout_p, scale, is_causal)
+        if not geometry.is_causal:
+            return dense.full_attention(query, key, value, seen, dropout_p, scale)
+        out = dense.full_attention(
+            query[:, :, of_tokens], key, value, seen, dropout_p, scale, is_causal=True
+        )
     else:
-        token_query = query[:, :, num_global:]
+        everything = query.new_ones(batch, 1, length + num_global, dtype=torch.bool)
+        everything = everything if seen is None else seen
+        global_keys, tokens = (
+            Keys(key[:, :, part], value[:, :, part], everything[:, :, part])
+            for part in (slice(num_global), of_tokens)
+        )
+        token_query = query[:, :, of_tokens]
         sparse = None
         if geometry.has_sparse:
-            selectable = tokens._replace(mask=selectable_mask.unsqueeze(1))
-            first_query = token_query[:, :, 0]
-            sparse = select(
-                sparsity_type or "none",
-                SelectionInputs(selectable, geometry, first_query, scale, lsh_projections or ()),
+            chosen_from = tokens
+            if selectable is not None:
+                chosen_from = tokens._replace(mask=selectable.unsqueeze(1))
+            inputs = SelectionInputs(
+                chosen_from, geometry, token_query[:, :, 0], scale, settings.projections
             )
-        attend = BACKENDS["sdpa" if backend == "auto" else backend]
+            sparse = select(settings.sparsity_type, inputs)
+        attend = BACKENDS[settings.backend]
         out = attend(token_query, global_keys, sparse, tokens, geometry, dropout_p, scale)
-    if num_global and out.shape[2] == length:
-        seen = global_keys if is_causal else everything
-        rows = dense.full_attention(query[:, :, :num_global], seen, dropout_p, scale)
-        # joined as (B, N, H, D), the layout in which heads are joined for free
-        out = torch.cat([rows.transpose(1, 2), out.transpose(1, 2)], dim=1).transpose(1, 2)
-    if first_token_global:
-        return out[:, :, 1:] if is_causal else torch.cat([out[:, :, :1], out[:, :, 2:]], dim=2)
-    return out
+    if not num_global:
+        return out
+    # a global token that saw the tokens would carry the future to those before
+    visible = slice(num_global) if geometry.is_causal else slice(None)
+    rows = dense.full_attention(
+        query[:, :, :num_global],
+        key[:, :, visible],
+        value[:, :, visible],
+        None if seen is None else seen[:, :, visible],
+        dropout_p,
+        scale,
+    )
+    # joined as (B, N, H, D), the layout in which heads are joined for free
+    return torch.cat([rows.transpose(1, 2), out.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
-def _split(key: Tensor, value: Tensor, mask: Tensor, num_global: int) -> tuple[Keys, Keys]:
-    """The global rows, which are always seen, and the tokens."""
-    visible = mask.new_ones(mask.shape[0], 1, num_global)
-    global_keys = Keys(key[:, :, :num_global], value[:, :, :num_global], visible)
-    return global_keys, Keys(key[:, :, num_global:], value[:, :, num_global:], mask.unsqueeze(1))
-
-
-def _boolean_mask(mask: Tensor | None, query: Tensor, num_global: int) -> Tensor:
-    batch, length = query.shape[0], query.shape[2] - num_global
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=query.device)
-    return mask.to(torch.bool).expand(batch, length)
+def _with_first_token_in_front(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: _Settings
+) -> Tensor:
+    """Token 0 as a global token in front, and masked where it stands."""
+    length = query.shape[2]
+    mask = query.new_ones(query.shape[0], length, dtype=torch.bool) if mask is None else mask
+    query, key, value = (torch.cat([x[:, :, :1], x], dim=2) for x in (query, key, value))
+    elsewhere = mask & (torch.arange(length, device=query.device) > 0)
+    # weighed pooling is by the first token's query, and counts that token where it stands
+    weighs = settings.sparsity_type == "bos_pooling" and settings.geometry.sparsity_factor > 1
+    out = _attention(query, key, value, elsewhere, mask if weighs else elsewhere, 1, settings)
+    if settings.geometry.is_causal:
+        return out[:, :, 1:]
+    return torch.cat([out[:, :, :1], out[:, :, 2:]], dim=2)
 
 
 def _check_tensors(

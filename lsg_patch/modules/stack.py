@@ -22,7 +22,8 @@ from lsg_patch.modules.arguments import Args, Argument, Kwargs
 class Layout(NamedTuple):
     """How a batch lies in the stack; the layers receive it in place of a padding mask.
 
-    A row of the stack is [global tokens | the row's tokens from its first real one on | padding].
+    A row of the stack is [global tokens | the row's tokens from its first real one on | padding];
+    in short inputs whose first token is masked, the first global token stands in its very place.
     Padding on the left is turned to the right side: then blocks begin where the text begins, and
     results do not depend on how much padding there was.
 
@@ -36,40 +37,65 @@ class Layout(NamedTuple):
     rows: Tensor
 
 
-def lay_out(mask: Tensor | None, length: int, config: LSGConfig, device: torch.device) -> Layout:
-    """The layout of inputs of ``length`` tokens with the padding mask (B, length), True for tokens."""
-    padded = config.geometry().padded(length)
-    slot = torch.arange(padded, device=device)[None]
-    position = torch.arange(length, device=device)[None]
+class Placement(NamedTuple):
+    """Where the tokens of an input (B, T0) go.
+
+    Attributes:
+        first: (1 or B, 1), each row's first real token.
+        tokens: (1 or B, T), the input's token in each place of the stack; what stands in a place of
+            padding means nothing.
+        stood_in: 1 where the first token gets no place, because a global token stands in for it.
+    """
+
+    first: Tensor
+    tokens: Tensor
+    stood_in: int
+
+
+def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.device) -> Placement:
+    """Places for inputs of ``length`` tokens with the padding mask (B, length), True for tokens."""
+    geometry = config.geometry()
+    # beyond two blocks it keeps its place, which the blocks are counted from
+    stood_in = int(bool(config.mask_first_token) and length <= geometry.full_length)
     if mask is None:
         first = torch.zeros(1, 1, dtype=torch.long, device=device)
-        key_mask = slot < length
     else:
         first = mask.int().argmax(dim=1, keepdim=True)
-        key_mask = mask.gather(1, (slot + first) % length) & (slot < length)
-    if config.mask_first_token:
-        key_mask = key_mask & (slot > 0)
-    rows = config.num_global_tokens + (position - first) % length
+    slots = torch.arange(geometry.padded(length) - stood_in, device=device)
+    return Placement(first, (slots + first + stood_in) % length, stood_in)
+
+
+def lay_out(mask: Tensor | None, length: int, config: LSGConfig, placement: Placement) -> Layout:
+    """The layout of such inputs."""
+    first, tokens, stood_in = placement
+    slots = torch.arange(tokens.shape[1], device=tokens.device)
+    hides_first = config.mask_first_token and not stood_in
+    key_mask = None
+    if mask is not None or hides_first or tokens.shape[1] > length:
+        key_mask = (slots < length - stood_in)[None]
+        if mask is not None:
+            key_mask = key_mask & mask.gather(1, tokens)
+        if hides_first:
+            key_mask = key_mask & (slots > 0)
+    position = torch.arange(length, device=tokens.device)[None]
+    rows = config.num_global_tokens - stood_in + (position - first) % length
     if config.pool_with_global and config.num_global_tokens:
         # the first global token stands in for the first real one, and for padding before it
         rows = rows.masked_fill(position <= first, 0)
-    nothing_hidden = mask is None and padded == length and not config.mask_first_token
-    return Layout(None if nothing_hidden else key_mask, rows)
+    return Layout(key_mask, rows)
 
 
 def enter(hidden: Tensor, mask: Tensor | None, config: LSGConfig) -> tuple[Tensor, Layout]:
     """``hidden`` (B, g + T0, width), as the embeddings gave it, laid out for the stack."""
     num_global = config.num_global_tokens
     length = hidden.shape[1] - num_global
-    layout = lay_out(mask, length, config, hidden.device)
-    padded = config.geometry().padded(length)
-    if mask is None:
-        return (F.pad(hidden, (0, 0, 0, padded - length)) if padded > length else hidden), layout
-    first = mask.int().argmax(dim=1, keepdim=True)
-    slot = torch.arange(padded, device=hidden.device)
-    tokens = num_global + (slot + first) % length
-    globals_ = torch.arange(num_global, device=hidden.device).expand(len(tokens), -1)
-    return _take_rows(hidden, torch.cat([globals_, tokens], dim=1)), layout
+    placement = place(mask, length, config, hidden.device)
+    layout = lay_out(mask, length, config, placement)
+    missing = placement.tokens.shape[1] - length
+    if mask is None and missing >= 0:
+        return (F.pad(hidden, (0, 0, 0, missing)) if missing else hidden), layout
+    globals_ = torch.arange(num_global, device=hidden.device).expand(len(placement.tokens), -1)
+    return _take_rows(hidden, torch.cat([globals_, num_global + placement.tokens], dim=1)), layout
 
 
 def leave(hidden: Tensor, layout: Layout) -> Tensor:
@@ -202,7 +228,9 @@ class LeaveModel:
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         last = output[0]
         mask = as_padding_mask(self.mask.get(args, kwargs))
-        layout = lay_out(mask, last.shape[1], self.config, last.device)
+        length = last.shape[1]
+        placement = place(mask, length, self.config, last.device)
+        layout = lay_out(mask, length, self.config, placement)
 
         def give_back(value: Any) -> Any:
             if _are_hidden_states(value):

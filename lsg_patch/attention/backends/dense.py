@@ -11,23 +11,27 @@ from lsg_patch.attention.keys import Keys, additive
 
 
 def full_attention(
-    query: Tensor, keys: Keys, dropout_p: float, scale: float, is_causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    is_causal: bool = False,
 ) -> Tensor:
-    """Softmax attention of ``query`` (B, H, n, D) over all ``keys``.
+    """Softmax attention of ``query`` (B, H, n, D) over ``key`` and ``value`` (B, H, m, D).
 
-    With ``is_causal`` the last query is aligned with the last key.
+    ``mask`` (B, 1 or H, m) is True where a key is seen, None where all are. With ``is_causal`` the
+    last query is aligned with the last key.
     """
-    mask = keys.mask.unsqueeze(2)
-    if is_causal:
-        n, m = query.shape[2], keys.key.shape[2]
-        mask = mask & torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+    attn_mask = None
+    if mask is not None or is_causal:
+        n, m = query.shape[2], key.shape[2]
+        seen = torch.ones(n if is_causal else 1, m, dtype=torch.bool, device=query.device)
+        seen = seen.tril(m - n) if is_causal else seen
+        attn_mask = additive(seen if mask is None else mask.unsqueeze(2) & seen, query.dtype)
     return F.scaled_dot_product_attention(
-        query,
-        keys.key,
-        keys.value,
-        attn_mask=additive(mask, query.dtype),
-        dropout_p=dropout_p,
-        scale=scale,
+        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
     )
 
 
