@@ -20,7 +20,8 @@ def geometries(draw: st.DrawFn) -> Geometry:
 @given(geometries(), st.integers(0, 20))
 def test_windows_meet_and_do_not_overlap(geometry: Geometry, block: int) -> None:
     """In tokens: the left sparse window ends where the local one starts, the right one begins
-    where it ends, and each covers ``sparse_block_size * sparsity_factor`` tokens."""
+    where it ends, and each covers ``sparse_block_size * sparsity_factor`` tokens.
+    """
 
     def span(window: Window, scale: int) -> tuple[int, int]:
         start = (block * window.stride + window.start) * scale
