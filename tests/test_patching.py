@@ -247,6 +247,23 @@ def test_state_dicts_load_both_ways() -> None:
         model.load_state_dict({**state, name: torch.randn(1, 32)})
 
 
+def test_a_saved_patched_model_loads_unpatched_and_is_patched_again(tmp_path: Any) -> None:
+    """The checkpoint is an ordinary one: the long position table, and one more tensor."""
+    model = tiny_model("roberta")
+    lsg_patch.patch_model(model, num_global_tokens=2, **SETTINGS)
+    with torch.no_grad():
+        lsg_patch.global_embeddings(model).add_(0.5)
+    expected = long_run(model, "roberta")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    loaded = transformers.RobertaModel.from_pretrained(tmp_path).eval()
+    assert not lsg_patch.is_patched(loaded)
+    assert loaded.embeddings.position_embeddings.weight.shape == (202, 32)
+    lsg_patch.patch_model(loaded, num_global_tokens=2, **SETTINGS)
+    loaded.load_state_dict(state)
+    assert torch.equal(long_run(loaded, "roberta"), expected)
+
+
 def test_two_models_side_by_side() -> None:
     patched, plain = tiny_model("bert"), tiny_model("bert")
     short = right_padded(30, 9)
