@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lsg_patch import compat
@@ -22,8 +23,10 @@ logger = logging.getLogger(__name__)
 class Plan:
     """The places in a model, and the first global tokens.
 
-    ``offset`` is the number of rows before that of position 0 in the table ``positions``;
-    ``global_rows`` (num_global_tokens, width), or None for none.
+    ``num_layers`` counts the layers that run, which may share one of ``attentions``; ``offset`` is
+    the number of rows before that of position 0 in the table ``positions``, which becomes
+    ``computed_positions`` (offset + length, width) where it is not a learned one; ``global_rows``
+    (num_global_tokens, width), or None for none.
     """
 
     attentions: list[nn.Module]
@@ -33,6 +36,8 @@ class Plan:
     positions: nn.Embedding
     token_types: nn.Embedding | None
     offset: int
+    num_layers: int
+    computed_positions: Tensor | None = None
     global_rows: Tensor | None = None
 
 
@@ -55,8 +60,13 @@ def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
     _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
     _check_positions(base, plan, config)
     _warn_of_unseen_tokens(plan, family, config)
+    plan.computed_positions = family.computed_positions(
+        base.config,
+        plan.offset + config.max_position_embeddings,
+        plan.positions.embedding_dim,
+    )
     if config.num_global_tokens:
-        plan.global_rows = _global_rows(base, plan, config, tokenizer)
+        plan.global_rows = _global_rows(base, family, plan, config, tokenizer)
     return plan
 
 
@@ -103,6 +113,7 @@ def _locate(base: nn.Module, family: Family) -> Plan:
         positions=positions,
         token_types=table(family.token_types) if family.token_types else None,
         offset=family.position_offset(positions),
+        num_layers=getattr(base.config, "num_hidden_layers", len(attentions)),
     )
 
 
@@ -145,14 +156,16 @@ def _warn_of_unseen_tokens(plan: Plan, family: Family, config: LSGConfig) -> Non
         )
 
 
-def _global_rows(base: nn.Module, plan: Plan, config: LSGConfig, tokenizer: Any) -> Tensor:
+def _global_rows(
+    base: nn.Module, family: Family, plan: Plan, config: LSGConfig, tokenizer: Any
+) -> Tensor:
     by_mask_token = not config.random_global_init
     needs_mask = by_mask_token and config.num_global_tokens > 1
     bos_id, mask_id = find_token_ids(base.config, tokenizer, needs_mask)
     return initial_rows(
         plan.words.weight.detach(),
         plan.positions.weight.detach()[plan.offset :],
-        plan.token_types.weight[0].detach() if plan.token_types is not None else None,
+        _first_token_rest(base, family, plan),
         num_global_tokens=config.num_global_tokens,
         stride=config.global_positional_stride,
         bos_id=bos_id,
@@ -160,3 +173,13 @@ def _global_rows(base: nn.Module, plan: Plan, config: LSGConfig, tokenizer: Any)
         random_init=config.random_global_init,
         seed=config.seed,
     )
+
+
+def _first_token_rest(base: nn.Module, family: Family, plan: Plan) -> Tensor | None:
+    """(width,): what an input's first token has besides its word and its position."""
+    token_type = plan.token_types.weight[0].detach() if plan.token_types is not None else None
+    with torch.no_grad():
+        extra = family.first_token_extra(plan.embeddings, base.config)
+    if token_type is None or extra is None:
+        return extra if token_type is None else token_type
+    return token_type + extra
