@@ -10,6 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import lsg_patch
+from lsg_patch.families import find_modules
+
 CLS, MASK, VOCABULARY, POSITIONS = 3, 4, 120, 64
 
 # config class, module of the models, what a tiny config needs beyond the common sizes
@@ -19,6 +22,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "roberta": ("RobertaConfig", "roberta", {"pad_token_id": 1}),
     "xlm-roberta": ("XLMRobertaConfig", "xlm_roberta", {"pad_token_id": 1}),
     "camembert": ("CamembertConfig", "camembert", {"pad_token_id": 1}),
+    "albert": ("AlbertConfig", "albert", {"embedding_size": 16}),
+    "distilbert": (
+        "DistilBertConfig",
+        "distilbert",
+        {
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "qa_dropout": 0.0,
+            "seq_classif_dropout": 0.0,
+        },
+    ),
 }
 
 
@@ -102,6 +120,16 @@ def run(model: nn.Module, ids: Tensor, mask: Tensor | None, **kwargs: Any) -> di
     with torch.no_grad():
         output = model(input_ids=ids, attention_mask=mask, **kwargs)
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+
+
+def attentions(model: nn.Module, family: str) -> list[nn.Module]:
+    """The self-attention modules of a model or of the base model in it."""
+    base = getattr(model, "base_model", model)
+    return find_modules(base, lsg_patch.families.FAMILIES[family].attentions)
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(type(model).forward).parameters
 
 
 def enable_checkpointing(model: Any, use_reentrant: bool) -> None:

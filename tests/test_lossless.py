@@ -61,9 +61,10 @@ def test_hidden_states_are_the_original_ones(family: str) -> None:
     model, mask = tiny_model(family), right_padded(30, 12)
     ids = ids_like(mask, family)
     with torch.no_grad():
-        expected = model(ids, mask, output_hidden_states=True).hidden_states
+        given = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True}
+        expected = model(**given).hidden_states
         with lsg_patch.patched(model, **SETTINGS):
-            actual = model(ids, mask, output_hidden_states=True).hidden_states
+            actual = model(**given).hidden_states
     assert len(actual) == len(expected) == 3
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)
