@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 class Plan:
     """The places in a model, and the first global tokens.
 
+    ``first_token_rest`` (width,) is what an input's first token has besides its word and position;
     ``num_layers`` counts the layers that run, which may share one of ``attentions``; ``offset`` is
     the number of rows before that of position 0 in the table ``positions``, which becomes
     ``computed_positions`` (offset + length, width) where it is not a learned one; ``global_rows``
@@ -34,7 +35,7 @@ class Plan:
     embeddings: nn.Module
     words: nn.Embedding
     positions: nn.Embedding
-    token_types: nn.Embedding | None
+    first_token_rest: Tensor | None
     offset: int
     num_layers: int
     computed_positions: Tensor | None = None
@@ -50,7 +51,7 @@ def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
     """
     _check_kind(base)
     try:
-        plan = _locate(base, family)
+        plan = _locate(base, family, config)
     except AttributeError as error:
         raise TypeError(
             f"{type(base).__name__} is not built like a {family.name} model: {error}"
@@ -60,13 +61,8 @@ def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
     _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
     _check_positions(base, plan, config)
     _warn_of_unseen_tokens(plan, family, config)
-    plan.computed_positions = family.computed_positions(
-        base.config,
-        plan.offset + config.max_position_embeddings,
-        plan.positions.embedding_dim,
-    )
     if config.num_global_tokens:
-        plan.global_rows = _global_rows(base, family, plan, config, tokenizer)
+        plan.global_rows = _global_rows(base, plan, config, tokenizer)
     return plan
 
 
@@ -84,7 +80,7 @@ def _check_kind(base: nn.Module) -> None:
         )
 
 
-def _locate(base: nn.Module, family: Family) -> Plan:
+def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
     embeddings = base.get_submodule(family.embeddings)
 
     def table(name: str) -> nn.Embedding:
@@ -105,15 +101,23 @@ def _locate(base: nn.Module, family: Family) -> Plan:
         for name in (names.heads, names.dropout):
             getattr(module, name)
     positions = table(family.positions)
+    offset = family.position_offset(positions)
+    token_type = table(family.token_types).weight[0] if family.token_types else None
+    with torch.no_grad():
+        rest = (token_type, family.first_token_extra(embeddings, base.config))
+        known = [row.detach() for row in rest if row is not None]
     return Plan(
         attentions=attentions,
         stack=base.get_submodule(family.stack),
         embeddings=embeddings,
         words=table(family.words),
         positions=positions,
-        token_types=table(family.token_types) if family.token_types else None,
-        offset=family.position_offset(positions),
+        first_token_rest=torch.stack(known).sum(0) if known else None,
+        offset=offset,
         num_layers=getattr(base.config, "num_hidden_layers", len(attentions)),
+        computed_positions=family.computed_positions(
+            base.config, offset + config.max_position_embeddings, positions.embedding_dim
+        ),
     )
 
 
@@ -156,16 +160,14 @@ def _warn_of_unseen_tokens(plan: Plan, family: Family, config: LSGConfig) -> Non
         )
 
 
-def _global_rows(
-    base: nn.Module, family: Family, plan: Plan, config: LSGConfig, tokenizer: Any
-) -> Tensor:
+def _global_rows(base: nn.Module, plan: Plan, config: LSGConfig, tokenizer: Any) -> Tensor:
     by_mask_token = not config.random_global_init
     needs_mask = by_mask_token and config.num_global_tokens > 1
     bos_id, mask_id = find_token_ids(base.config, tokenizer, needs_mask)
     return initial_rows(
         plan.words.weight.detach(),
         plan.positions.weight.detach()[plan.offset :],
-        _first_token_rest(base, family, plan),
+        plan.first_token_rest,
         num_global_tokens=config.num_global_tokens,
         stride=config.global_positional_stride,
         bos_id=bos_id,
@@ -173,13 +175,3 @@ def _global_rows(
         random_init=config.random_global_init,
         seed=config.seed,
     )
-
-
-def _first_token_rest(base: nn.Module, family: Family, plan: Plan) -> Tensor | None:
-    """(width,): what an input's first token has besides its word and its position."""
-    token_type = plan.token_types.weight[0].detach() if plan.token_types is not None else None
-    with torch.no_grad():
-        extra = family.first_token_extra(plan.embeddings, base.config)
-    if token_type is None or extra is None:
-        return extra if token_type is None else token_type
-    return token_type + extra

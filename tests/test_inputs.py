@@ -31,7 +31,10 @@ def test_every_length_gives_its_own_length(family: str, length: int) -> None:
     assert {x.shape for x in output.hidden_states} == {output.last_hidden_state.shape}
     assert len(output.hidden_states) == 3
     assert all(torch.isfinite(x).all() for x in output.hidden_states)
-    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    # some norm the last one, and give the others as they are
+    plain = tiny_model(family)(ids_like(right_padded(3), family), output_hidden_states=True)
+    if torch.equal(plain.hidden_states[-1], plain.last_hidden_state):
+        assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
 
 
 @families

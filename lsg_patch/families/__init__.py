@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from lsg_patch.families import albert, bert, distilbert
+from lsg_patch.families import albert, bert, distilbert, documents
 from lsg_patch.families.base import AttentionNames, Family, find_modules
 
 __all__ = ["FAMILIES", "AttentionNames", "Family", "family_of", "find_base", "find_modules"]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for module in (bert, albert, distilbert) for family in module.FAMILIES
+    family.name: family
+    for module in (bert, albert, distilbert, documents)
+    for family in module.FAMILIES
 }
 
 
