@@ -44,6 +44,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, use_reentr
     model = patched_model(family).train()
     if not model.supports_gradient_checkpointing:
         pytest.skip(f"{family} has no gradient checkpointing in this transformers")
+    if use_reentrant and not _can_be_reentrant(family):
+        pytest.skip(f"{family} does not train with it unpatched either in this transformers")
     expected = gradients(model, family)
     attention = attentions(model, family)[0]
     query = getattr(attention, lsg_patch.families.FAMILIES[family].names.query)
@@ -55,6 +57,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, use_reentr
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def _can_be_reentrant(family: str) -> bool:
+    """4.54 to 4.57 call some layers by keyword alone: then no input is seen to need gradients."""
+    model = tiny_model(family).train()
+    enable_checkpointing(model, use_reentrant=True)
+    return bool(model(ids_like(right_padded(5), family)).last_hidden_state.requires_grad)
 
 
 @pytest.mark.parametrize("sparsity_type", lsg_patch.attention.SPARSITY_TYPES)
