@@ -2,6 +2,7 @@
 
 from lsg_patch.attention import lsg_attention
 from lsg_patch.config import LSGConfig
+from lsg_patch.families import AttentionNames, Family, register_family
 from lsg_patch.patching import (
     get_config,
     global_embeddings,
@@ -12,6 +13,8 @@ from lsg_patch.patching import (
 )
 
 __all__ = [
+    "AttentionNames",
+    "Family",
     "LSGConfig",
     "get_config",
     "global_embeddings",
@@ -19,5 +22,6 @@ __all__ = [
     "lsg_attention",
     "patch_model",
     "patched",
+    "register_family",
     "unpatch_model",
 ]

@@ -94,7 +94,22 @@ def _demo(args: argparse.Namespace) -> int:
     )
 
 
-COMMANDS = (Command("demo", "see a real encoder read long documents", _demo_arguments, _demo),)
+def _families_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "The model families that can be patched, from the registry."
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _families(args: argparse.Namespace) -> int:
+    from lsg_patch.families import table
+
+    print(table.as_json() if args.json else table.as_text())
+    return 0
+
+
+COMMANDS = (
+    Command("demo", "see a real encoder read long documents", _demo_arguments, _demo),
+    Command("families", "list the models that can be patched", _families_arguments, _families),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,18 +28,25 @@ def passes_masks_of_four_dimensions(base: nn.Module) -> bool:
     5.0 and later do (``create_bidirectional_mask``); given two dimensions they would expand them
     to (B, 1, T, T). Earlier versions take two dimensions and make (B, 1, 1, T) of them.
     """
+    return _is_imported_beside(base, "create_bidirectional_mask")
+
+
+def expands_masks_without_head_mask(base: nn.Module) -> bool:
+    """Whether a base model expands the padding mask to (B, 1, T, T) unless it gets a head mask.
+
+    4.41 to 4.57 do, for fused attention, in one family after the other. What says so is kept in
+    three places (the model, a private attribute, the config, which models share); that there is
+    a head mask is looked at in all of them.
+    """
+    return _is_imported_beside(base, "_prepare_4d_attention_mask_for_sdpa")
+
+
+def _is_imported_beside(base: nn.Module, function: str) -> bool:
+    """Whether the file that a model's forward stands in has this function."""
     for cls in type(base).__mro__:
         if "forward" in vars(cls):
-            return hasattr(sys.modules[cls.__module__], "create_bidirectional_mask")
+            return hasattr(sys.modules[cls.__module__], function)
     return False
-
-
-def settings_for_linear_masks(base: nn.Module) -> dict[str, Any]:
-    """Attributes to set on a base model so that it does not expand the padding mask to (B, 1, T, T).
-
-    4.41 to 4.57 expand it where this attribute says "sdpa"; nothing else reads it.
-    """
-    return {"attn_implementation": "eager"} if "attn_implementation" in vars(base) else {}
 
 
 def stack_collects_hidden_states(stack: nn.Module) -> bool:

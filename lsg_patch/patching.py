@@ -190,13 +190,11 @@ def _apply(
     for module in base.modules():
         _drop_stale_forward(module)
     length = config.max_position_embeddings
-    resize_positions(plan.positions, plan.offset, length, journal)
+    resize_positions(plan.positions, plan.offset, length, journal, plan.computed_positions)
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
     model_config: Any = base.config
     if model_config.max_position_embeddings != length + plan.offset:
         journal.set_attribute(model_config, "max_position_embeddings", length + plan.offset)
-    for name, value in compat.settings_for_linear_masks(base).items():
-        journal.set_attribute(base, name, value)
     for index, module in enumerate(plan.attentions):
         # every layer its own projections; a seed gives the same ones each time
         swap_attention(module, config, family, (config.seed or 0) + index, journal)
@@ -223,6 +221,7 @@ def _hook_edges(base: nn.Module, plan: Plan, config: LSGConfig, journal: Journal
         head_mask=Argument.of(of_base, "head_mask"),
         wants_attentions=attentions,
         four_dimensions=compat.passes_masks_of_four_dimensions(base),
+        needs_head_mask=compat.expands_masks_without_head_mask(base),
     )
     journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
     stack_mask = Argument.of(of_stack, *compat.MASK_NAMES)
@@ -233,7 +232,7 @@ def _hook_edges(base: nn.Module, plan: Plan, config: LSGConfig, journal: Journal
     after_stack = stack.LeaveStack(stack_mask, collects)
     journal.add_hook(plan.stack.register_forward_hook(after_stack, with_kwargs=True, prepend=True))
     if not collects:
-        after_model = stack.LeaveModel(config, mask, attentions, len(plan.attentions))
+        after_model = stack.LeaveModel(config, mask, attentions, plan.num_layers)
         journal.add_hook(base.register_forward_hook(after_model, with_kwargs=True, prepend=True))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lsg_patch import compat
@@ -22,8 +23,11 @@ logger = logging.getLogger(__name__)
 class Plan:
     """The places in a model, and the first global tokens.
 
-    ``offset`` is the number of rows before that of position 0 in the table ``positions``;
-    ``global_rows`` (num_global_tokens, width), or None for none.
+    ``first_token_rest`` (width,) is what an input's first token has besides its word and position;
+    ``num_layers`` counts the layers that run, which may share one of ``attentions``; ``offset`` is
+    the number of rows before that of position 0 in the table ``positions``, which becomes
+    ``computed_positions`` (offset + length, width) where it is not a learned one; ``global_rows``
+    (num_global_tokens, width), or None for none.
     """
 
     attentions: list[nn.Module]
@@ -31,8 +35,10 @@ class Plan:
     embeddings: nn.Module
     words: nn.Embedding
     positions: nn.Embedding
-    token_types: nn.Embedding | None
+    first_token_rest: Tensor | None
     offset: int
+    num_layers: int
+    computed_positions: Tensor | None = None
     global_rows: Tensor | None = None
 
 
@@ -45,7 +51,7 @@ def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
     """
     _check_kind(base)
     try:
-        plan = _locate(base, family)
+        plan = _locate(base, family, config)
     except AttributeError as error:
         raise TypeError(
             f"{type(base).__name__} is not built like a {family.name} model: {error}"
@@ -74,7 +80,7 @@ def _check_kind(base: nn.Module) -> None:
         )
 
 
-def _locate(base: nn.Module, family: Family) -> Plan:
+def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
     embeddings = base.get_submodule(family.embeddings)
 
     def table(name: str) -> nn.Embedding:
@@ -95,14 +101,23 @@ def _locate(base: nn.Module, family: Family) -> Plan:
         for name in (names.heads, names.dropout):
             getattr(module, name)
     positions = table(family.positions)
+    offset = family.position_offset(positions)
+    token_type = table(family.token_types).weight[0] if family.token_types else None
+    with torch.no_grad():
+        rest = (token_type, family.first_token_extra(embeddings, base.config))
+        known = [row.detach() for row in rest if row is not None]
     return Plan(
         attentions=attentions,
         stack=base.get_submodule(family.stack),
         embeddings=embeddings,
         words=table(family.words),
         positions=positions,
-        token_types=table(family.token_types) if family.token_types else None,
-        offset=family.position_offset(positions),
+        first_token_rest=torch.stack(known).sum(0) if known else None,
+        offset=offset,
+        num_layers=getattr(base.config, "num_hidden_layers", len(attentions)),
+        computed_positions=family.computed_positions(
+            base.config, offset + config.max_position_embeddings, positions.embedding_dim
+        ),
     )
 
 
@@ -152,7 +167,7 @@ def _global_rows(base: nn.Module, plan: Plan, config: LSGConfig, tokenizer: Any)
     return initial_rows(
         plan.words.weight.detach(),
         plan.positions.weight.detach()[plan.offset :],
-        plan.token_types.weight[0].detach() if plan.token_types is not None else None,
+        plan.first_token_rest,
         num_global_tokens=config.num_global_tokens,
         stride=config.global_positional_stride,
         bos_id=bos_id,

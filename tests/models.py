@@ -10,6 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import lsg_patch
+from lsg_patch.families import find_modules
+
 CLS, MASK, VOCABULARY, POSITIONS = 3, 4, 120, 64
 
 # config class, module of the models, what a tiny config needs beyond the common sizes
@@ -19,7 +22,66 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "roberta": ("RobertaConfig", "roberta", {"pad_token_id": 1}),
     "xlm-roberta": ("XLMRobertaConfig", "xlm_roberta", {"pad_token_id": 1}),
     "camembert": ("CamembertConfig", "camembert", {"pad_token_id": 1}),
+    "ernie": ("ErnieConfig", "ernie", {"use_task_id": True}),
+    "data2vec-text": (
+        "Data2VecTextConfig",
+        "data2vec.modeling_data2vec_text",
+        {"pad_token_id": 1, "initializer_range": 0.2},
+    ),
+    "roberta-prelayernorm": (
+        "RobertaPreLayerNormConfig",
+        "roberta_prelayernorm",
+        {"pad_token_id": 1},
+    ),
+    "xlm-roberta-xl": ("XLMRobertaXLConfig", "xlm_roberta_xl", {"pad_token_id": 1}),
+    "xmod": (
+        "XmodConfig",
+        "xmod",
+        {"pad_token_id": 1, "languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+    ),
+    "megatron-bert": ("MegatronBertConfig", "megatron_bert", {}),
+    "bert-generation": ("BertGenerationConfig", "bert_generation", {}),
+    "rembert": (
+        "RemBertConfig",
+        "rembert",
+        {"input_embedding_size": 16, "output_embedding_size": 24, "classifier_dropout_prob": 0.0},
+    ),
+    # its heads multiply outputs with each other, which makes rounding visible
+    "splinter": ("SplinterConfig", "splinter", {"initializer_range": 0.1}),
+    "layoutlm": ("LayoutLMConfig", "layoutlm", {"max_2d_position_embeddings": 32}),
+    "markuplm": (
+        "MarkupLMConfig",
+        "markuplm",
+        {
+            "pad_token_id": 1,
+            "max_depth": 3,
+            "xpath_unit_hidden_size": 4,
+            "max_xpath_tag_unit_embeddings": 9,
+            "max_xpath_subs_unit_embeddings": 9,
+            "tag_pad_id": 7,
+            "subs_pad_id": 8,
+        },
+    ),
+    "albert": ("AlbertConfig", "albert", {"embedding_size": 16}),
+    "distilbert": (
+        "DistilBertConfig",
+        "distilbert",
+        {
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "qa_dropout": 0.0,
+            "seq_classif_dropout": 0.0,
+        },
+    ),
 }
+
+
+# how the classes of a family go on after its name
+KINDS = ("Model", "For", "LMHeadModel", "Encoder", "Decoder")
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
@@ -45,7 +107,8 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 
 def modeling_module(family: str) -> Any:
     package = FAMILIES[family][1]
-    return importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+    path = package if "." in package else f"{package}.modeling_{package}"
+    return importlib.import_module(f"transformers.models.{path}")
 
 
 def model_classes(family: str) -> list[type[Any]]:
@@ -58,13 +121,13 @@ def model_classes(family: str) -> list[type[Any]]:
         if inspect.isclass(cls)
         and issubclass(cls, transformers.PreTrainedModel)
         and name.startswith(prefix)
-        and name.removeprefix(prefix).startswith(("Model", "For", "LMHeadModel"))
+        and name.removeprefix(prefix).startswith(KINDS)
     ]
 
 
 def base_class(family: str) -> type[Any]:
-    prefix = FAMILIES[family][0].removesuffix("Config")
-    return getattr(modeling_module(family), f"{prefix}Model")  # type: ignore[no-any-return]
+    name = lsg_patch.families.FAMILIES[family].base_classes[0]
+    return getattr(modeling_module(family), name)  # type: ignore[no-any-return]
 
 
 def tiny_model(family: str, cls: type[Any] | None = None, seed: int = 0, **overrides: Any) -> Any:
@@ -74,6 +137,12 @@ def tiny_model(family: str, cls: type[Any] | None = None, seed: int = 0, **overr
         if parameter.dim() == 1:  # biases and layer norms of fresh models are all alike
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def stand_in(family: str) -> dict[str, Any]:
+    """Settings by which the first global token stands in for the first token of an input."""
+    own = lsg_patch.families.FAMILIES[family].begins_with_cls
+    return {} if own else {"mask_first_token": True}
 
 
 def padding_id(family: str) -> int:
@@ -96,12 +165,25 @@ def right_padded(*lengths: int) -> Tensor:
 
 
 def run(model: nn.Module, ids: Tensor, mask: Tensor | None, **kwargs: Any) -> dict[str, Tensor]:
-    """The tensors that a model gives; models for multiple choice get two choices."""
+    """The tensors that a model gives, also one for multiple choice or for given questions."""
+    if takes(model, "question_positions"):
+        first = torch.zeros_like(ids[:, :1]) if mask is None else mask.argmax(1, keepdim=True)
+        kwargs = {"question_positions": first, **kwargs}
     if "MultipleChoice" in type(model).__name__:
         ids, mask = (x if x is None else torch.stack([x, x.flip(0)], 1) for x in (ids, mask))
     with torch.no_grad():
         output = model(input_ids=ids, attention_mask=mask, **kwargs)
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+
+
+def attentions(model: nn.Module, family: str) -> list[nn.Module]:
+    """The self-attention modules of a model or of the base model in it."""
+    base = getattr(model, "base_model", model)
+    return find_modules(base, lsg_patch.families.FAMILIES[family].attentions)
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(type(model).forward).parameters
 
 
 def enable_checkpointing(model: Any, use_reentrant: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 
 import lsg_patch
 from lsg_patch.memory import peak_memory
-from tests.models import ids_like, right_padded, tiny_model
+from tests.models import FAMILIES, ids_like, right_padded, tiny_model
 
 LENGTH = 32768
 
@@ -50,6 +50,19 @@ def test_no_selection_is_quadratic_in_a_training_step(sparsity_type: str) -> Non
             model.zero_grad()
             used[length] = memory.peak_bytes
     assert used[8192] <= 4.4 * used[2048]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padded", [True, False])
+def test_no_family_makes_a_quadratic_mask(family: str, padded: bool) -> None:
+    length = 1024
+    mask = right_padded(length, length - 300)
+    ids = ids_like(mask, family)
+    settings: dict[str, Any] = {"block_size": 16, "sparse_block_size": 16}
+    model = lsg_patch.patch_model(tiny_model(family), **settings)
+    with torch.no_grad(), peak_memory() as memory:
+        model(input_ids=ids, attention_mask=mask if padded else None)
+    assert memory.largest_numel < length**2, memory.largest_shape
 
 
 def test_the_unpatched_model_is_seen_to_be_quadratic() -> None:

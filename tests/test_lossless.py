@@ -15,6 +15,7 @@ from tests.models import (
     model_classes,
     right_padded,
     run,
+    stand_in,
     tiny_model,
 )
 
@@ -38,7 +39,7 @@ def test_defaults_give_the_original_for_inputs_that_begin_with_cls(
     model, mask = tiny_model(family, cls), right_padded(*lengths)
     ids = ids_like(mask, family)
     expected = run(model, ids, mask)
-    with lsg_patch.patched(model, **SETTINGS):
+    with lsg_patch.patched(model, **SETTINGS, **stand_in(family)):
         assert_same(run(model, ids, mask), expected, mask, 1e-5)
 
 
@@ -61,9 +62,10 @@ def test_hidden_states_are_the_original_ones(family: str) -> None:
     model, mask = tiny_model(family), right_padded(30, 12)
     ids = ids_like(mask, family)
     with torch.no_grad():
-        expected = model(ids, mask, output_hidden_states=True).hidden_states
-        with lsg_patch.patched(model, **SETTINGS):
-            actual = model(ids, mask, output_hidden_states=True).hidden_states
+        given = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True}
+        expected = model(**given).hidden_states
+        with lsg_patch.patched(model, **SETTINGS, **stand_in(family)):
+            actual = model(**given).hidden_states
     assert len(actual) == len(expected) == 3
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)

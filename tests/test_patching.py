@@ -151,6 +151,17 @@ def test_copies_are_independent_and_revert_by_themselves() -> None:
     assert_bitwise(values(model), stored)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_of_every_family(family: str) -> None:
+    model = tiny_model(family)
+    stored = values(model)
+    lsg_patch.patch_model(model, **SETTINGS)
+    expected = long_run(model, family)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(long_run(clone, family), expected)
+        assert_bitwise(values(lsg_patch.unpatch_model(clone)), stored)
+
+
 def _saved_and_loaded(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)

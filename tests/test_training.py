@@ -10,6 +10,7 @@ import torch
 import lsg_patch
 from tests.models import (
     FAMILIES,
+    attentions,
     enable_checkpointing,
     ids_like,
     model_classes,
@@ -30,7 +31,7 @@ def patched_model(family: str, cls: type[Any] | None = None, **settings: Any) ->
 def gradients(model: Any, family: str) -> dict[str, torch.Tensor]:
     model.zero_grad()
     # another forward in between: what a layer needs must not be kept beside its arguments
-    output = model(ids_like(MASK, family), MASK).last_hidden_state
+    output = model(input_ids=ids_like(MASK, family), attention_mask=MASK).last_hidden_state
     with torch.no_grad():
         model(ids_like(right_padded(30), family))
     (output * MASK[..., None]).pow(2).sum().backward()
@@ -41,16 +42,28 @@ def gradients(model: Any, family: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(family: str, use_reentrant: bool) -> None:
     model = patched_model(family).train()
+    if not model.supports_gradient_checkpointing:
+        pytest.skip(f"{family} has no gradient checkpointing in this transformers")
+    if use_reentrant and not _can_be_reentrant(family):
+        pytest.skip(f"{family} does not train with it unpatched either in this transformers")
     expected = gradients(model, family)
-    attention = model.encoder.layer[0].attention.self
+    attention = attentions(model, family)[0]
+    query = getattr(attention, lsg_patch.families.FAMILIES[family].names.query)
     runs: list[int] = []
-    attention.query.register_forward_hook(lambda *_: runs.append(1))
+    query.register_forward_hook(lambda *_: runs.append(1))
     enable_checkpointing(model, use_reentrant)
     actual = gradients(model, family)
     assert len(runs) == 3, "the layer runs again in backward"
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def _can_be_reentrant(family: str) -> bool:
+    """4.54 to 4.57 call some layers by keyword alone: then no input is seen to need gradients."""
+    model = tiny_model(family).train()
+    enable_checkpointing(model, use_reentrant=True)
+    return bool(model(ids_like(right_padded(5), family)).last_hidden_state.requires_grad)
 
 
 @pytest.mark.parametrize("sparsity_type", lsg_patch.attention.SPARSITY_TYPES)
@@ -104,6 +117,8 @@ def test_half_precision(family: str, dtype: torch.dtype, sparsity_type: str) -> 
     if sparsity_type not in ("norm", "lsh"):  # their choices may differ by rounding
         near = (output.float() - exact)[MASK.bool()].abs().mean()
         assert near < (0.02 if dtype is torch.float16 else 0.1)
+    if family == "xmod":
+        return  # its adapters fail under autocast, patched or not
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(run(model.float(), ids, MASK)["last_hidden_state"]).all()
 

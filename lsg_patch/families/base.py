@@ -20,6 +20,16 @@ def after_padding_row(positions: nn.Module) -> int:
     return 0 if padding_idx is None else int(padding_idx) + 1  # type: ignore[arg-type]
 
 
+def nothing_more(embeddings: Any, config: Any) -> Tensor | None:
+    """A word, its position and its token type make a token's embedding."""
+    return None
+
+
+def learned(config: Any, length: int, width: int) -> Tensor | None:
+    """The position table is a learned one."""
+    return None
+
+
 def context_alone(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
     """The module gives the joined heads; what follows them is outside of it."""
     return context
@@ -49,7 +59,12 @@ class Family:
             that they stand in the state dict where the reference has them.
         global_path: modules below ``embeddings`` that a global token passes, as a word does.
         words, positions, token_types: the embedding tables below ``embeddings``.
+        first_token_extra: what the embedding of an input's first token has besides its word, position
+            and token type, (width,), or None: ``first_token_extra(embeddings, config)``.
         position_offset: rows of the position table before that of position 0.
+        computed_positions: the position table for another length, (length, width), where the model
+            computes its table, or None where it learned it: ``computed_positions(config, length,
+            width)``.
         position_buffers: buffers of ``embeddings`` as long as the position table.
         begins_with_cls: whether inputs begin with the cls/bos token, which the first global token
             can then stand in for.
@@ -67,7 +82,9 @@ class Family:
     words: str = "word_embeddings"
     positions: str = "position_embeddings"
     token_types: str | None = "token_type_embeddings"
+    first_token_extra: Callable[[Any, Any], Tensor | None] = nothing_more
     position_offset: Callable[[nn.Module], int] = no_offset
+    computed_positions: Callable[[Any, int, int], Tensor | None] = learned
     position_buffers: tuple[str, ...] = ("position_ids", "token_type_ids")
     begins_with_cls: bool = True
     names: AttentionNames = AttentionNames()

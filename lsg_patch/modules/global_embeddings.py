@@ -55,7 +55,7 @@ def strided_positions(
 def initial_rows(
     words: Tensor,
     positions: Tensor,
-    token_type: Tensor | None,
+    rest: Tensor | None,
     *,
     num_global_tokens: int,
     stride: int,
@@ -73,7 +73,7 @@ def initial_rows(
     Args:
         words: (vocabulary, width).
         positions: (n, width), the rows of the table from position 0 on.
-        token_type: (width,), the first token type, where the family has such.
+        rest: (width,), what a first token has besides: the first token type, where there are such.
     """
     order = strided_positions(len(positions), stride, positions.device)
     rows = positions[order[torch.arange(num_global_tokens, device=order.device) % len(order)]]
@@ -90,4 +90,4 @@ def initial_rows(
     else:
         word = first
     rows = word + rows
-    return rows if token_type is None else rows + token_type
+    return rows if rest is None else rows + rest

@@ -21,13 +21,26 @@ def tiled(rows: Tensor, offset: int, length: int) -> Tensor:
     return torch.cat([head, body.repeat(copies, 1)[:length]])
 
 
-def resize_positions(table: nn.Embedding, offset: int, length: int, journal: Journal) -> None:
-    """Give ``table`` rows for ``length`` positions after its first ``offset`` rows."""
+def resize_positions(
+    table: nn.Embedding,
+    offset: int,
+    length: int,
+    journal: Journal,
+    computed: Tensor | None = None,
+) -> None:
+    """Give ``table`` rows for ``length`` positions after its first ``offset`` rows.
+
+    Further rows repeat those that there are, or are those of ``computed`` (offset + length, width).
+    """
     old = cast("nn.Parameter", table.weight)
+    rows = old.detach()
+    if computed is None:
+        rows = tiled(rows, offset, length)
+    else:
+        # those that there are stay, so that short inputs and the way back are exact
+        rows = torch.cat([rows, computed[len(rows) :].to(rows)])[: offset + length].clone()
     journal.record(PositionsResized(table, old))
-    table.weight = nn.Parameter(
-        tiled(old.detach(), offset, length), requires_grad=old.requires_grad
-    )
+    table.weight = nn.Parameter(rows, requires_grad=old.requires_grad)
     table.num_embeddings = len(table.weight)
 
 

@@ -115,6 +115,7 @@ class EnterModel:
     head_mask: Argument
     wants_attentions: Argument
     four_dimensions: bool
+    needs_head_mask: bool
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.head_mask.get(args, kwargs) is not None:
@@ -131,6 +132,9 @@ class EnterModel:
             return args, kwargs  # the model itself has an error for this
         batch, length = given.shape[:2]
         self._check_length(length, self.positions.get(args, kwargs) is not None)
+        if self.needs_head_mask:
+            # of no effect but to keep the padding mask compact: the patched layers do not read it
+            args, kwargs = self.head_mask.put(torch.ones(1, device=given.device), args, kwargs)
         mask = self.mask.get(args, kwargs)
         if mask is None:
             return args, kwargs
@@ -251,13 +255,16 @@ def wants(argument: Argument, base: nn.Module, args: Args, kwargs: Kwargs) -> bo
 
 
 def as_padding_mask(mask: Tensor | None) -> Tensor | None:
-    """(B, T), True for tokens, of a mask (B, 1, 1 or T, T) that is boolean or is added to scores."""
+    """(B, T), True for tokens, of a mask as models hand them to their layers.
+
+    It is (B, T), 1 for tokens, or (B, 1, 1 or T, T), boolean or to be added to scores.
+    """
     if mask is None:
         return None
-    mask = mask[:, 0, -1] if mask.dim() == 4 else mask
-    if mask.is_floating_point():
-        return mask > -1  # 0, or a large penalty
-    return mask.to(torch.bool)
+    if mask.dim() != 4:
+        return mask.to(torch.bool)
+    mask = mask[:, 0, -1]
+    return mask > -1 if mask.is_floating_point() else mask.to(torch.bool)
 
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ def test_a_patched_model_has_the_references_position_table(name: str) -> None:
         model, max_position_embeddings=conversion["max_sequence_length"], tokenizer=tokenizer
     )
     assert torch.equal(
-        model.embeddings.position_embeddings.weight, extra["expected.position_table"].float()
+        model.base_model.embeddings.position_embeddings.weight,
+        extra["expected.position_table"].float(),
     )
     assert model.config.max_position_embeddings == meta["expected_config_max_position_embeddings"]

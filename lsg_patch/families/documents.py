@@ -1,0 +1,45 @@
+"""Families that read documents with a layout: each token has a place besides its position.
+
+Where an input does not tell it, and for the token that an input begins with, it is an empty one; a
+global token stands in for that token, so it has the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsg_patch.families.base import Family, after_padding_row
+
+
+def empty_box(embeddings: Any, config: Any) -> Tensor:
+    """LayoutLM's embedding of the box 0, 0, 0, 0: two corners, a height and a width."""
+    x, y, height, width = (
+        getattr(embeddings, f"{name}_position_embeddings").weight[0] for name in "xyhw"
+    )
+    box: Tensor = 2 * x + 2 * y + height + width
+    return box
+
+
+def empty_path(embeddings: Any, config: Any) -> Tensor:
+    """MarkupLM's embedding of a place outside of all tags; without dropout."""
+    paths = embeddings.xpath_embeddings
+    tags = torch.cat([table.weight[config.tag_pad_id] for table in paths.xpath_tag_sub_embeddings])
+    indices = torch.cat(
+        [table.weight[config.subs_pad_id] for table in paths.xpath_subs_sub_embeddings]
+    )
+    path: Tensor = paths.inner2emb(paths.activation(paths.xpath_unitseq2_inner(tags + indices)))
+    return path
+
+
+LAYOUTLM = Family("layoutlm", ("LayoutLMModel",), first_token_extra=empty_box)
+MARKUPLM = Family(
+    "markuplm",
+    ("MarkupLMModel",),
+    first_token_extra=empty_path,
+    position_offset=after_padding_row,
+)
+
+FAMILIES = (LAYOUTLM, MARKUPLM)

@@ -1,0 +1,49 @@
+"""What is supported, as a table made from the registry."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from lsg_patch.families.base import learned
+from lsg_patch.families.registry import FAMILIES
+
+
+class Row(NamedTuple):
+    """A family; ``positions`` is "learned", or "learned or computed"."""
+
+    family: str
+    base_models: tuple[str, ...]
+    positions: str
+    begins_with_cls: bool
+
+
+def rows() -> list[Row]:
+    """All families, by name."""
+    return [
+        Row(
+            family=family.name,
+            base_models=family.base_classes,
+            positions="learned" if family.computed_positions is learned else "learned or computed",
+            begins_with_cls=family.begins_with_cls,
+        )
+        for family in sorted(FAMILIES.values(), key=lambda family: family.name)
+    ]
+
+
+def as_json() -> str:
+    """A list of objects with the fields of ``Row``."""
+    return json.dumps([row._asdict() for row in rows()], indent=2)
+
+
+def as_text() -> str:
+    """Columns, their heads first."""
+    lines = [tuple(name.replace("_", " ") for name in Row._fields)] + [
+        (row.family, ", ".join(row.base_models), row.positions, ("no", "yes")[row.begins_with_cls])
+        for row in rows()
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
