@@ -65,8 +65,19 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
     return Placement(first, (slots + first + stood_in) % length, stood_in)
 
 
-def lay_out(mask: Tensor | None, length: int, config: LSGConfig, placement: Placement) -> Layout:
-    """The layout of such inputs."""
+def lay_out(
+    mask: Tensor | None, length: int, config: LSGConfig, device: torch.device, pool: bool = True
+) -> Layout:
+    """The layout of inputs of ``length`` tokens with the padding mask (B, length), True for tokens.
+
+    ``pool=False``: each token is given back from its own row, whatever ``config`` says.
+    """
+    return _layout(mask, length, config, place(mask, length, config, device), pool)
+
+
+def _layout(
+    mask: Tensor | None, length: int, config: LSGConfig, placement: Placement, pool: bool = True
+) -> Layout:
     first, tokens, stood_in = placement
     slots = torch.arange(tokens.shape[1], device=tokens.device)
     hides_first = config.mask_first_token and not stood_in
@@ -79,7 +90,7 @@ def lay_out(mask: Tensor | None, length: int, config: LSGConfig, placement: Plac
             key_mask = key_mask & (slots > 0)
     position = torch.arange(length, device=tokens.device)[None]
     rows = config.num_global_tokens - stood_in + (position - first) % length
-    if config.pool_with_global and config.num_global_tokens:
+    if pool and config.pool_with_global and config.num_global_tokens:
         # the first global token stands in for the first real one, and for padding before it
         rows = rows.masked_fill(position <= first, 0)
     return Layout(key_mask, rows)
@@ -90,7 +101,7 @@ def enter(hidden: Tensor, mask: Tensor | None, config: LSGConfig) -> tuple[Tenso
     num_global = config.num_global_tokens
     length = hidden.shape[1] - num_global
     placement = place(mask, length, config, hidden.device)
-    layout = lay_out(mask, length, config, placement)
+    layout = _layout(mask, length, config, placement)
     missing = placement.tokens.shape[1] - length
     if mask is None and missing >= 0:
         return (F.pad(hidden, (0, 0, 0, missing)) if missing else hidden), layout
@@ -232,9 +243,7 @@ class LeaveModel:
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         last = output[0]
         mask = as_padding_mask(self.mask.get(args, kwargs))
-        length = last.shape[1]
-        placement = place(mask, length, self.config, last.device)
-        layout = lay_out(mask, length, self.config, placement)
+        layout = lay_out(mask, last.shape[1], self.config, last.device)
 
         def give_back(value: Any) -> Any:
             if _are_hidden_states(value):
