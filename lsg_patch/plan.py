@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 class Plan:
     """The places in a model, and the first global tokens.
 
-    ``offset`` is the number of rows before that of position 0 in the table ``positions``;
-    ``global_rows`` (num_global_tokens, width), or None for none.
+    ``offset`` is the number of rows before that of position 0 in the table ``positions``, of which
+    ``config.max_position_embeddings`` counts ``config_offset``; ``global_rows``
+    (num_global_tokens, width), or None for none.
     """
 
     attentions: list[nn.Module]
@@ -33,6 +34,9 @@ class Plan:
     positions: nn.Embedding
     token_types: nn.Embedding | None
     offset: int
+    config_offset: int
+    decoder: nn.Module | None = None
+    decoder_positions: nn.Embedding | None = None
     global_rows: Tensor | None = None
 
 
@@ -78,12 +82,7 @@ def _locate(base: nn.Module, family: Family) -> Plan:
     embeddings = base.get_submodule(family.embeddings)
 
     def table(name: str) -> nn.Embedding:
-        found = embeddings.get_submodule(name)
-        if not isinstance(found, nn.Embedding):
-            raise AttributeError(
-                f"{family.embeddings}.{name} is a {type(found).__name__}, not an Embedding"
-            )
-        return found
+        return _table(base, f"{family.embeddings}.{name}")
 
     for name in family.global_path:
         embeddings.get_submodule(name)
@@ -95,6 +94,7 @@ def _locate(base: nn.Module, family: Family) -> Plan:
         for name in (names.heads, names.dropout):
             getattr(module, name)
     positions = table(family.positions)
+    offset = family.position_offset(positions)
     return Plan(
         attentions=attentions,
         stack=base.get_submodule(family.stack),
@@ -102,8 +102,20 @@ def _locate(base: nn.Module, family: Family) -> Plan:
         words=table(family.words),
         positions=positions,
         token_types=table(family.token_types) if family.token_types else None,
-        offset=family.position_offset(positions),
+        offset=offset,
+        config_offset=offset if family.config_counts_offset else 0,
+        decoder=base.get_submodule(family.decoder) if family.decoder else None,
+        decoder_positions=_table(base, family.decoder_positions)
+        if family.decoder_positions
+        else None,
     )
+
+
+def _table(base: nn.Module, path: str) -> nn.Embedding:
+    found = base.get_submodule(path)
+    if not isinstance(found, nn.Embedding):
+        raise AttributeError(f"{path} is a {type(found).__name__}, not an Embedding")
+    return found
 
 
 def _check_forwards(modules: Iterable[nn.Module]) -> None:
@@ -118,7 +130,8 @@ def _check_forwards(modules: Iterable[nn.Module]) -> None:
 
 def _check_positions(base: nn.Module, plan: Plan, config: LSGConfig) -> None:
     model_config: Any = base.config
-    rows, target = plan.positions.num_embeddings, config.max_position_embeddings + plan.offset
+    rows = plan.positions.num_embeddings - plan.offset + plan.config_offset
+    target = config.max_position_embeddings + plan.config_offset
     stated = model_config.max_position_embeddings
     if stated not in (rows, target):
         raise ValueError(
@@ -130,7 +143,7 @@ def _check_positions(base: nn.Module, plan: Plan, config: LSGConfig) -> None:
         logger.warning(
             "max_position_embeddings=%d shortens the model's %d positions",
             config.max_position_embeddings,
-            rows - plan.offset,
+            rows - plan.config_offset,
         )
 
 
@@ -157,6 +170,7 @@ def _global_rows(base: nn.Module, plan: Plan, config: LSGConfig, tokenizer: Any)
         stride=config.global_positional_stride,
         bos_id=bos_id,
         mask_id=mask_id,
+        word_scale=compat.word_scale(plan.embeddings, plan.words),
         random_init=config.random_global_init,
         seed=config.seed,
     )

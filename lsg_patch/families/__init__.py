@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from lsg_patch.families import bert
+from lsg_patch.families import bart, bert
 from lsg_patch.families.base import AttentionNames, Family, find_modules
 
 __all__ = ["FAMILIES", "AttentionNames", "Family", "family_of", "find_base", "find_modules"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in bert.FAMILIES}
+FAMILIES: dict[str, Family] = {family.name: family for family in (*bert.FAMILIES, *bart.FAMILIES)}
 
 
 def family_of(module: nn.Module) -> Family | None:

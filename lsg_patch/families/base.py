@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -44,13 +44,21 @@ class Family:
         name: as in the error messages and tables.
         base_classes: class names of the base models (also of what they are derived from).
         attentions: the self-attention modules, ``*`` for the index of a layer.
+        edge: how global tokens get in and out: "stack" where embeddings are made outside of the
+            module that runs the layers, "encoder" where that module makes them itself.
         stack: the module that runs the layers; what goes in and out of it is changed there.
         embeddings: its output is what the global tokens are prepended to, and it holds them, so
             that they stand in the state dict where the reference has them.
         global_path: modules below ``embeddings`` that a global token passes, as a word does.
         words, positions, token_types: the embedding tables below ``embeddings``.
         position_offset: rows of the position table before that of position 0.
+        config_counts_offset: whether ``config.max_position_embeddings`` counts these rows too.
+        grow_positions: ``grow(rows, offset, length)`` gives a longer table; None: the rows again.
         position_buffers: buffers of ``embeddings`` as long as the position table.
+        decoder: the module that reads what the encoder gives; its attention stays as it is.
+        decoder_positions: its position table, below the base model. It grows as well: heads for
+            classification and questions read the whole input by the decoder too, and a saved
+            model's config states one length for both tables.
         begins_with_cls: whether inputs begin with the cls/bos token, which the first global token
             can then stand in for.
         names: the attributes of a self-attention module.
@@ -61,6 +69,7 @@ class Family:
     name: str
     base_classes: tuple[str, ...]
     attentions: str = "encoder.layer.*.attention.self"
+    edge: Literal["stack", "encoder"] = "stack"
     stack: str = "encoder"
     embeddings: str = "embeddings"
     global_path: tuple[str, ...] = ("LayerNorm", "dropout")
@@ -68,10 +77,14 @@ class Family:
     positions: str = "position_embeddings"
     token_types: str | None = "token_type_embeddings"
     position_offset: Callable[[nn.Module], int] = no_offset
+    config_counts_offset: bool = True
+    grow_positions: Callable[[Tensor, int, int], Tensor] | None = None
     position_buffers: tuple[str, ...] = ("position_ids", "token_type_ids")
     begins_with_cls: bool = True
     names: AttentionNames = AttentionNames()
     output: Callable[[Any, Tensor, Tensor], Tensor] = context_alone
+    decoder: str | None = None
+    decoder_positions: str | None = None
 
 
 def find_modules(root: nn.Module, path: str) -> list[nn.Module]:

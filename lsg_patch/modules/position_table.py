@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,12 +22,21 @@ def tiled(rows: Tensor, offset: int, length: int) -> Tensor:
     return torch.cat([head, body.repeat(copies, 1)[:length]])
 
 
-def resize_positions(table: nn.Embedding, offset: int, length: int, journal: Journal) -> None:
-    """Give ``table`` rows for ``length`` positions after its first ``offset`` rows."""
+def resize_positions(
+    table: nn.Embedding,
+    offset: int,
+    length: int,
+    journal: Journal,
+    grow: Callable[[Tensor, int, int], Tensor] | None = None,
+) -> None:
+    """Give ``table`` rows for ``length`` positions after its first ``offset`` rows.
+
+    ``grow(rows, offset, length)`` gives the new ones; by default the old ones are tiled.
+    """
     old = cast("nn.Parameter", table.weight)
     journal.record(PositionsResized(table, old))
     table.weight = nn.Parameter(
-        tiled(old.detach(), offset, length), requires_grad=old.requires_grad
+        (grow or tiled)(old.detach(), offset, length), requires_grad=old.requires_grad
     )
     table.num_embeddings = len(table.weight)
 

@@ -8,6 +8,7 @@ layers need travels as their mask argument, so that it is there when a layer run
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,8 +37,13 @@ class Layout(NamedTuple):
     rows: Tensor
 
 
-def lay_out(mask: Tensor | None, length: int, config: LSGConfig, device: torch.device) -> Layout:
-    """The layout of inputs of ``length`` tokens with the padding mask (B, length), True for tokens."""
+def lay_out(
+    mask: Tensor | None, length: int, config: LSGConfig, device: torch.device, pool: bool = True
+) -> Layout:
+    """The layout of inputs of ``length`` tokens with the padding mask (B, length), True for tokens.
+
+    ``pool=False``: each token is given back from its own row, whatever ``config`` says.
+    """
     padded = config.geometry().padded(length)
     slot = torch.arange(padded, device=device)[None]
     position = torch.arange(length, device=device)[None]
@@ -50,7 +56,7 @@ def lay_out(mask: Tensor | None, length: int, config: LSGConfig, device: torch.d
     if config.mask_first_token:
         key_mask = key_mask & (slot > 0)
     rows = config.num_global_tokens + (position - first) % length
-    if config.pool_with_global and config.num_global_tokens:
+    if pool and config.pool_with_global and config.num_global_tokens:
         # the first global token stands in for the first real one, and for padding before it
         rows = rows.masked_fill(position <= first, 0)
     nothing_hidden = mask is None and padded == length and not config.mask_first_token
@@ -230,6 +236,17 @@ def as_padding_mask(mask: Tensor | None) -> Tensor | None:
     if mask.is_floating_point():
         return mask > -1  # 0, or a large penalty
     return mask.to(torch.bool)
+
+
+def map_hidden_states(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``change`` applied to every hidden state of an encoder's output, lone or among others."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        return tuple(change(x) for x in value) if _are_hidden_states(value) else value
+
+    return _map_output(output, changed)
 
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
