@@ -86,8 +86,8 @@ def test_golden_cases_are_there() -> None:
     """An empty index would let everything below pass."""
     assert len(entries("attention_inner")) == 48
     assert len(entries("attention_layer")) == 25
-    assert len(entries("model")) == 39
-    assert len(entries("conversion")) == 10
+    assert len(entries("model")) >= 39
+    assert len(entries("conversion")) >= 10
 
 
 @pytest.mark.parametrize("backend", ["dense", "sdpa"])
