@@ -62,6 +62,8 @@ def patch_model(
 
     The model stays what it is: its class, its heads, its parameters (only the position table is a
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
+    In an encoder-decoder the encoder's self-attention is patched; the decoder's and the cross
+    attention stay full, and only the decoder's position table grows as the encoder's does.
 
     Args:
         model: a model of a supported family, with or without a head, or a module that holds one.

@@ -26,6 +26,7 @@ from tests.seq2seq import (
     run,
     tiny_model,
 )
+from tests.test_patching import _replicate as replicate
 from tests.test_patching import assert_bitwise, fingerprint, values
 from tests.tokenizers import tokenizer_like
 
@@ -162,6 +163,19 @@ class TestReversal:
                 stored["encoder.embed_positions.weight"]
             )
             assert_bitwise(values(clone), stored)
+
+
+def test_a_replica_uses_its_own_parameters() -> None:
+    """What DataParallel does with a module: shallow copies that share hooks, with other tensors."""
+    model = lsg_patch.patch_model(tiny_model("bart"), **SMALL)
+    expected = run(model, ids_like(LONG), LONG)["last_hidden_state"]
+    copied = replicate(model)
+    assert torch.equal(run(copied, ids_like(LONG), LONG)["last_hidden_state"], expected)
+    for owner in (copied.encoder.global_embeddings, copied.encoder.embed_positions):
+        owner.weight = owner.weight + torch.randn(owner.weight.shape[1])
+        changed = run(copied, ids_like(LONG), LONG)["last_hidden_state"]
+        assert not torch.equal(changed, expected)
+    assert torch.equal(run(model, ids_like(LONG), LONG)["last_hidden_state"], expected)
 
 
 @families
