@@ -13,7 +13,7 @@ from torch import nn
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family, find_base
-from lsg_patch.modules import stack
+from lsg_patch.modules import encoder, stack
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.position_table import resize_buffers, resize_positions
@@ -62,6 +62,8 @@ def patch_model(
 
     The model stays what it is: its class, its heads, its parameters (only the position table is a
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
+    In an encoder-decoder the encoder's self-attention is patched; the decoder's and the cross
+    attention stay full, and only the decoder's position table grows as the encoder's does.
 
     Args:
         model: a model of a supported family, with or without a head, or a module that holds one.
@@ -190,24 +192,39 @@ def _apply(
     for module in base.modules():
         _drop_stale_forward(module)
     length = config.max_position_embeddings
-    resize_positions(plan.positions, plan.offset, length, journal, plan.computed_positions)
+    for table in (plan.positions, plan.decoder_positions):
+        if table is not None:
+            rows = table.weight.detach()
+            grown = family.grow_positions(rows, plan.offset, length, base.config)
+            resize_positions(table, grown, journal)
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
     model_config: Any = base.config
-    if model_config.max_position_embeddings != length + plan.offset:
-        journal.set_attribute(model_config, "max_position_embeddings", length + plan.offset)
+    if model_config.max_position_embeddings != length + plan.config_offset:
+        journal.set_attribute(model_config, "max_position_embeddings", length + plan.config_offset)
     for index, module in enumerate(plan.attentions):
         # every layer its own projections; a seed gives the same ones each time
         swap_attention(module, config, family, (config.seed or 0) + index, journal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
-        prepend = stack.PrependGlobals(family.global_path)
-        journal.add_hook(plan.embeddings.register_forward_hook(prepend, prepend=True))
-    _hook_edges(base, plan, config, journal)
+    _hook_edges(base, family, plan, config, journal)
     if tokenizer is not None and hasattr(tokenizer, "model_max_length"):
         journal.record(set_max_length(tokenizer, length))
 
 
-def _hook_edges(base: nn.Module, plan: Plan, config: LSGConfig, journal: Journal) -> None:
+def _hook_edges(
+    base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
+) -> None:
+    """Hook what happens where the layers begin and where they end."""
+    hook = {"stack": _hook_stack, "encoder": _hook_encoder}[family.edge]
+    hook(base, family, plan, config, journal)
+
+
+def _hook_stack(
+    base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
+) -> None:
+    if plan.global_rows is not None:
+        prepend = stack.PrependGlobals(family.global_path)
+        journal.add_hook(plan.embeddings.register_forward_hook(prepend, prepend=True))
     of_base = compat.forward_parameters(base)
     of_stack = compat.forward_parameters(plan.stack)
     mask = Argument.of(of_base, *compat.MASK_NAMES)
@@ -234,6 +251,50 @@ def _hook_edges(base: nn.Module, plan: Plan, config: LSGConfig, journal: Journal
     if not collects:
         after_model = stack.LeaveModel(config, mask, attentions, plan.num_layers)
         journal.add_hook(base.register_forward_hook(after_model, with_kwargs=True, prepend=True))
+
+
+def _hook_encoder(
+    base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
+) -> None:
+    parameters = compat.forward_parameters(plan.stack)
+    attentions = Argument.of(parameters, "output_attentions")
+    check = stack.EnterModel(
+        config,
+        ids=Argument.of(parameters, "input_ids"),
+        embeds=Argument.of(parameters, "inputs_embeds"),
+        mask=Argument.of(parameters, *compat.MASK_NAMES),
+        positions=Argument.of(parameters, "position_ids"),
+        head_mask=Argument.of(parameters, "head_mask"),
+        wants_attentions=attentions,
+        four_dimensions=False,
+        needs_head_mask=False,
+    )
+    carrier = compat.MaskCarrier.of(plan.stack, len(plan.attentions))
+    carried = Argument.of(parameters, carrier.argument)
+    takes = compat.PositionInput.of(plan.positions)
+    enter = encoder.EnterEncoder(
+        config, check, carrier, carried, family.words, family.positions, takes
+    )
+    journal.add_hook(plan.stack.register_forward_pre_hook(enter, with_kwargs=True))
+    journal.add_hook(plan.positions.register_forward_pre_hook(encoder.FirstPosition(takes)))
+    journal.add_hook(plan.positions.register_forward_hook(encoder.no_positions))
+    for module in plan.attentions:
+        of_module = compat.forward_parameters(module)
+        mask = Argument.of(of_module, *compat.MASK_NAMES)
+        handed_on = Argument.of(of_module, carrier.layer_argument)
+        give = encoder.GiveLayout(config, carrier, handed_on, mask)
+        journal.add_hook(module.register_forward_pre_hook(give, with_kwargs=True))
+    # before other hooks on the outputs, which then see what the unpatched model gives
+    leave = encoder.LeaveEncoder(config, carrier, carried, attentions, len(plan.attentions))
+    journal.add_hook(plan.stack.register_forward_hook(leave, with_kwargs=True, prepend=True))
+    if plan.decoder is not None and config.pass_global_tokens_to_decoder:
+        of_decoder = compat.forward_parameters(plan.decoder)
+        see = encoder.EnterDecoder(
+            config,
+            states=Argument.of(of_decoder, "encoder_hidden_states"),
+            mask=Argument.of(of_decoder, "encoder_attention_mask"),
+        )
+        journal.add_hook(plan.decoder.register_forward_pre_hook(see, with_kwargs=True))
 
 
 def _drop_stale_forward(module: nn.Module) -> None:

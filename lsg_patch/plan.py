@@ -25,8 +25,8 @@ class Plan:
 
     ``first_token_rest`` (width,) is what an input's first token has besides its word and position;
     ``num_layers`` counts the layers that run, which may share one of ``attentions``; ``offset`` is
-    the number of rows before that of position 0 in the table ``positions``, which becomes
-    ``computed_positions`` (offset + length, width) where it is not a learned one; ``global_rows``
+    the number of rows before that of position 0 in the table ``positions``, of which
+    ``config.max_position_embeddings`` counts ``config_offset``; ``global_rows``
     (num_global_tokens, width), or None for none.
     """
 
@@ -37,8 +37,10 @@ class Plan:
     positions: nn.Embedding
     first_token_rest: Tensor | None
     offset: int
+    config_offset: int
     num_layers: int
-    computed_positions: Tensor | None = None
+    decoder: nn.Module | None = None
+    decoder_positions: nn.Embedding | None = None
     global_rows: Tensor | None = None
 
 
@@ -84,12 +86,7 @@ def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
     embeddings = base.get_submodule(family.embeddings)
 
     def table(name: str) -> nn.Embedding:
-        found = embeddings.get_submodule(name)
-        if not isinstance(found, nn.Embedding):
-            raise AttributeError(
-                f"{family.embeddings}.{name} is a {type(found).__name__}, not an Embedding"
-            )
-        return found
+        return _table(base, f"{family.embeddings}.{name}")
 
     for name in family.global_path:
         embeddings.get_submodule(name)
@@ -114,11 +111,20 @@ def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
         positions=positions,
         first_token_rest=torch.stack(known).sum(0) if known else None,
         offset=offset,
+        config_offset=offset if family.config_counts_offset else 0,
         num_layers=getattr(base.config, "num_hidden_layers", len(attentions)),
-        computed_positions=family.computed_positions(
-            base.config, offset + config.max_position_embeddings, positions.embedding_dim
-        ),
+        decoder=base.get_submodule(family.decoder) if family.decoder else None,
+        decoder_positions=_table(base, family.decoder_positions)
+        if family.decoder_positions
+        else None,
     )
+
+
+def _table(base: nn.Module, path: str) -> nn.Embedding:
+    found = base.get_submodule(path)
+    if not isinstance(found, nn.Embedding):
+        raise AttributeError(f"{path} is a {type(found).__name__}, not an Embedding")
+    return found
 
 
 def _check_forwards(modules: Iterable[nn.Module]) -> None:
@@ -133,7 +139,8 @@ def _check_forwards(modules: Iterable[nn.Module]) -> None:
 
 def _check_positions(base: nn.Module, plan: Plan, config: LSGConfig) -> None:
     model_config: Any = base.config
-    rows, target = plan.positions.num_embeddings, config.max_position_embeddings + plan.offset
+    rows = plan.positions.num_embeddings - plan.offset + plan.config_offset
+    target = config.max_position_embeddings + plan.config_offset
     stated = model_config.max_position_embeddings
     if stated not in (rows, target):
         raise ValueError(
@@ -145,7 +152,7 @@ def _check_positions(base: nn.Module, plan: Plan, config: LSGConfig) -> None:
         logger.warning(
             "max_position_embeddings=%d shortens the model's %d positions",
             config.max_position_embeddings,
-            rows - plan.offset,
+            rows - plan.config_offset,
         )
 
 
@@ -172,6 +179,7 @@ def _global_rows(base: nn.Module, plan: Plan, config: LSGConfig, tokenizer: Any)
         stride=config.global_positional_stride,
         bos_id=bos_id,
         mask_id=mask_id,
+        word_scale=compat.word_scale(plan.embeddings, plan.words),
         random_init=config.random_global_init,
         seed=config.seed,
     )

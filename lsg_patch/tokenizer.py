@@ -13,14 +13,15 @@ MASK_NAMES = ("mask_token_id",)
 def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, int | None]:
     """Ids of the cls/bos token and of the mask token (None where it is not needed).
 
-    They come from ``tokenizer``; where it is None from the model's config, else from the tokenizer
-    of ``config._name_or_path``.
+    They come from ``tokenizer``, and what it lacks from the model's config (Pegasus' tokenizers
+    have no bos); where ``tokenizer`` is None, then also from the tokenizer of
+    ``config._name_or_path``.
 
     Raises:
         ValueError: an id is not to be found or not in the vocabulary; ids are never guessed.
     """
     wanted = [("cls or bos", BOS_NAMES)] + [("mask", MASK_NAMES)] * needs_mask
-    sources = [tokenizer] if tokenizer is not None else [config]
+    sources = [source for source in (tokenizer, config) if source is not None]
     found = [_first_id(sources, names) for _, names in wanted]
     why = ""
     if None in found and tokenizer is None:
@@ -29,9 +30,11 @@ def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, 
         found = [_first_id(sources, names) for _, names in wanted]
     for (kind, names), value in zip(wanted, found, strict=True):
         if value is None:
-            where = "the tokenizer" if tokenizer is not None else f"the model's config{why}"
+            lacks = f"the model's config{why} has no"
+            if tokenizer is not None:
+                lacks = "neither the tokenizer nor the model's config has"
             raise ValueError(
-                f"no {kind} token id for the global tokens: {where} has no {' or '.join(names)}. "
+                f"no {kind} token id for the global tokens: {lacks} {' or '.join(names)}. "
                 "Pass tokenizer= (the model's tokenizer), or set the id on model.config, or use "
                 "num_global_tokens=0"
             )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent / "golden"
 KINDS = ("model", "attention_inner", "attention_layer", "conversion")
+SEQ2SEQ = ("bart", "mbart", "pegasus")
 
 Entry = dict[str, Any]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,9 +26,22 @@ def nothing_more(embeddings: Any, config: Any) -> Tensor | None:
     return None
 
 
-def learned(config: Any, length: int, width: int) -> Tensor | None:
-    """The position table is a learned one."""
-    return None
+def tiled(rows: Tensor, offset: int, length: int, config: Any = None) -> Tensor:
+    """``rows`` (offset + n, width) as (offset + length, width): the first kept, the n repeated.
+
+    Source: the reference's conversion, with all rows for every length.
+    """
+    head, body = rows[:offset], rows[offset:]
+    copies = -(-length // len(body))
+    return torch.cat([head, body.repeat(copies, 1)[:length]])
+
+
+def continued(rows: Tensor, computed: Tensor) -> Tensor:
+    """The ``rows`` (m, width) that there are, and after them those of ``computed`` (n, width).
+
+    What there is stays as it is, so that short inputs and the way back are exact.
+    """
+    return torch.cat([rows, computed[len(rows) :].to(rows)])[: len(computed)].clone()
 
 
 def context_alone(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
@@ -54,6 +68,8 @@ class Family:
         name: as in the error messages and tables.
         base_classes: class names of the base models (also of what they are derived from).
         attentions: the self-attention modules, ``*`` for the index of a layer.
+        edge: how global tokens get in and out: "stack" where embeddings are made outside of the
+            module that runs the layers, "encoder" where that module makes them itself.
         stack: the module that runs the layers; what goes in and out of it is changed there.
         embeddings: its output is what the global tokens are prepended to, and it holds them, so
             that they stand in the state dict where the reference has them.
@@ -62,10 +78,14 @@ class Family:
         first_token_extra: what the embedding of an input's first token has besides its word, position
             and token type, (width,), or None: ``first_token_extra(embeddings, config)``.
         position_offset: rows of the position table before that of position 0.
-        computed_positions: the position table for another length, (length, width), where the model
-            computes its table, or None where it learned it: ``computed_positions(config, length,
-            width)``.
+        config_counts_offset: whether ``config.max_position_embeddings`` counts these rows too.
+        grow_positions: the position table of another length, (offset + length, width):
+            ``grow_positions(rows, offset, length, config)`` of the old ``rows`` (offset + n, width).
         position_buffers: buffers of ``embeddings`` as long as the position table.
+        decoder: the module that reads what the encoder gives; its attention stays as it is.
+        decoder_positions: its position table, below the base model. It grows as well: heads for
+            classification and questions read the whole input by the decoder too, and a saved
+            model's config states one length for both tables.
         begins_with_cls: whether inputs begin with the cls/bos token, which the first global token
             can then stand in for.
         names: the attributes of a self-attention module.
@@ -76,6 +96,7 @@ class Family:
     name: str
     base_classes: tuple[str, ...]
     attentions: str = "encoder.layer.*.attention.self"
+    edge: Literal["stack", "encoder"] = "stack"
     stack: str = "encoder"
     embeddings: str = "embeddings"
     global_path: tuple[str, ...] = ("LayerNorm", "dropout")
@@ -84,11 +105,14 @@ class Family:
     token_types: str | None = "token_type_embeddings"
     first_token_extra: Callable[[Any, Any], Tensor | None] = nothing_more
     position_offset: Callable[[nn.Module], int] = no_offset
-    computed_positions: Callable[[Any, int, int], Tensor | None] = learned
+    config_counts_offset: bool = True
+    grow_positions: Callable[[Tensor, int, int, Any], Tensor] = tiled
     position_buffers: tuple[str, ...] = ("position_ids", "token_type_ids")
     begins_with_cls: bool = True
     names: AttentionNames = AttentionNames()
     output: Callable[[Any, Tensor, Tensor], Tensor] = context_alone
+    decoder: str | None = None
+    decoder_positions: str | None = None
 
 
 def find_modules(root: nn.Module, path: str) -> list[nn.Module]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsg_patch.families.base import AttentionNames, Family
+from lsg_patch.families.base import AttentionNames, Family, continued, tiled
 
 
 def projected(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
@@ -16,17 +16,18 @@ def projected(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
     return output
 
 
-def interleaved_sinusoids(config: Any, length: int, width: int) -> Tensor | None:
-    """(length, width): sines in even columns, cosines in odd ones; None for a learned table.
+def tiled_or_interleaved_sinusoids(rows: Tensor, offset: int, length: int, config: Any) -> Tensor:
+    """A learned table is tiled; one of sinusoids goes on: sines in even columns, cosines in odd ones.
 
     Source: Vaswani et al., Attention Is All You Need, section 3.5.
     """
     if not config.sinusoidal_pos_embds:
-        return None
+        return tiled(rows, offset, length)
+    width = rows.shape[1]
     column = torch.arange(width, dtype=torch.float64)
     wavelength = 10000.0 ** (2 * (column // 2) / width)
     angle = torch.arange(length, dtype=torch.float64)[:, None] / wavelength
-    return torch.where(column % 2 == 0, angle.sin(), angle.cos())
+    return continued(rows, torch.where(column % 2 == 0, angle.sin(), angle.cos()))
 
 
 DISTILBERT = Family(
@@ -35,7 +36,7 @@ DISTILBERT = Family(
     attentions="transformer.layer.*.attention",
     stack="transformer",
     token_types=None,
-    computed_positions=interleaved_sinusoids,
+    grow_positions=tiled_or_interleaved_sinusoids,
     names=AttentionNames(query="q_lin", key="k_lin", value="v_lin", heads="n_heads"),
     output=projected,
 )

@@ -61,6 +61,7 @@ def initial_rows(
     stride: int,
     bos_id: int,
     mask_id: int | None,
+    word_scale: float = 1.0,
     random_init: bool = False,
     seed: int | None = None,
 ) -> Tensor:
@@ -74,6 +75,7 @@ def initial_rows(
         words: (vocabulary, width).
         positions: (n, width), the rows of the table from position 0 on.
         rest: (width,), what a first token has besides: the first token type, where there are such.
+        word_scale: what a word is multiplied with before its position is added.
     """
     order = strided_positions(len(positions), stride, positions.device)
     rows = positions[order[torch.arange(num_global_tokens, device=order.device) % len(order)]]
@@ -89,5 +91,5 @@ def initial_rows(
         word = torch.cat([first, words[mask_id].expand(others, -1)])
     else:
         word = first
-    rows = word + rows
+    rows = word_scale * word + rows
     return rows if rest is None else rows + rest

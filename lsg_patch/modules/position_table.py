@@ -11,37 +11,12 @@ from torch import Tensor, nn
 from lsg_patch.undo import Journal
 
 
-def tiled(rows: Tensor, offset: int, length: int) -> Tensor:
-    """``rows`` (offset + n, width) as (offset + length, width): the first kept, the n repeated.
-
-    Source: the reference's conversion, with all rows for every length.
-    """
-    head, body = rows[:offset], rows[offset:]
-    copies = -(-length // len(body))
-    return torch.cat([head, body.repeat(copies, 1)[:length]])
-
-
-def resize_positions(
-    table: nn.Embedding,
-    offset: int,
-    length: int,
-    journal: Journal,
-    computed: Tensor | None = None,
-) -> None:
-    """Give ``table`` rows for ``length`` positions after its first ``offset`` rows.
-
-    Further rows repeat those that there are, or are those of ``computed`` (offset + length, width).
-    """
+def resize_positions(table: nn.Embedding, rows: Tensor, journal: Journal) -> None:
+    """Give ``table`` the ``rows`` (n, width) in place of its own."""
     old = cast("nn.Parameter", table.weight)
-    rows = old.detach()
-    if computed is None:
-        rows = tiled(rows, offset, length)
-    else:
-        # those that there are stay, so that short inputs and the way back are exact
-        rows = torch.cat([rows, computed[len(rows) :].to(rows)])[: offset + length].clone()
     journal.record(PositionsResized(table, old))
     table.weight = nn.Parameter(rows, requires_grad=old.requires_grad)
-    table.num_embeddings = len(table.weight)
+    table.num_embeddings = len(rows)
 
 
 def resize_buffers(owner: nn.Module, names: tuple[str, ...], rows: int, journal: Journal) -> None:

@@ -21,7 +21,7 @@ from lsg_patch.undo import Journal
 class AttentionState:
     """What a swapped module knows besides what it was: the settings, its family, its arguments.
 
-    ``rounds`` is the number of its projections for lsh.
+    ``outputs`` is how many values it returns; ``rounds`` the number of its projections for lsh.
     """
 
     config: LSGConfig
@@ -29,6 +29,7 @@ class AttentionState:
     output: Callable[[Any, Tensor, Tensor], Tensor]
     hidden: Argument
     mask: Argument
+    outputs: int
     rounds: int
 
 
@@ -45,7 +46,7 @@ class LSGSelfAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hidden states (B, num_global_tokens + T, width), and the stack's ``Layout`` as the mask.
 
-        Returns what the module gives, (B, num_global_tokens + T, width), and None for the maps.
+        Returns what the module gives, (B, num_global_tokens + T, width), and None for all else.
         """
         lsg = self.lsg
         config, names = lsg.config, lsg.names
@@ -75,7 +76,8 @@ class LSGSelfAttention(nn.Module):
             dropout_p=self._dropout_p(),
             backend=config.backend,
         )
-        return lsg.output(self, hidden, context.transpose(1, 2).flatten(2)), None
+        output = lsg.output(self, hidden, context.transpose(1, 2).flatten(2))
+        return (output,) + (None,) * (lsg.outputs - 1)
 
     def _dropout_p(self) -> float:
         if not self.training:
@@ -118,7 +120,8 @@ def swap_attention(
     parameters = compat.forward_parameters(module)
     hidden = Argument.of(parameters, parameters[0])
     mask = Argument.of(parameters, *compat.MASK_NAMES)
-    state = AttentionState(config, names, family.output, hidden, mask, len(shapes))
+    outputs = compat.attention_outputs(module)
+    state = AttentionState(config, names, family.output, hidden, mask, outputs, len(shapes))
     journal.set_attribute(module, "lsg", state)
     journal.set_class(module, lsg_class(type(module)))
 

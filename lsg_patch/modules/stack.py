@@ -8,6 +8,7 @@ layers need travels as their mask argument, so that it is there when a layer run
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,8 +56,12 @@ class Placement(NamedTuple):
 def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.device) -> Placement:
     """Places for inputs of ``length`` tokens with the padding mask (B, length), True for tokens."""
     geometry = config.geometry()
-    # beyond two blocks it keeps its place, which the blocks are counted from
-    stood_in = int(bool(config.mask_first_token) and length <= geometry.full_length)
+    # beyond two blocks it keeps its place, which the blocks are counted from; a decoder that sees the
+    # global tokens sees it as well
+    is_short = length <= geometry.full_length
+    stood_in = int(
+        bool(config.mask_first_token) and is_short and not config.pass_global_tokens_to_decoder
+    )
     if mask is None:
         first = torch.zeros(1, 1, dtype=torch.long, device=device)
     else:
@@ -274,6 +279,17 @@ def as_padding_mask(mask: Tensor | None) -> Tensor | None:
         return mask.to(torch.bool)
     mask = mask[:, 0, -1]
     return mask > -1 if mask.is_floating_point() else mask.to(torch.bool)
+
+
+def map_hidden_states(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``change`` applied to every hidden state of an encoder's output, lone or among others."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        return tuple(change(x) for x in value) if _are_hidden_states(value) else value
+
+    return _map_output(output, changed)
 
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lsg_patch.modules.position_table import resize_positions, tiled
+from lsg_patch.families.base import tiled
+from lsg_patch.modules.position_table import resize_positions
 from lsg_patch.undo import Journal
 
 
@@ -28,7 +29,7 @@ def test_undo_gives_the_same_parameter_with_what_became_of_its_rows(
     old, values = table.weight, table.weight.detach().clone()
     old.requires_grad_(False)
     journal = Journal()
-    resize_positions(table, offset, length, journal)
+    resize_positions(table, tiled(old.detach(), offset, length), journal)
     assert not table.weight.requires_grad
     assert table.num_embeddings == len(table.weight) == offset + length
     with torch.no_grad():

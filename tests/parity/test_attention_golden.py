@@ -76,8 +76,8 @@ def test_golden_cases_are_there() -> None:
     """An empty index would let everything below pass."""
     assert len(entries("attention_inner")) == 48
     assert len(entries("attention_layer")) == 25
-    assert len(entries("model")) == 55
-    assert len(entries("conversion")) == 12
+    assert len(entries("model")) == 79
+    assert len(entries("conversion")) == 14
 
 
 @pytest.mark.parametrize("backend", ["dense", "sdpa"])

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import lsg_patch
+from lsg_patch.families import find_base
+from lsg_patch.families.base import tiled
 from lsg_patch.modules.global_embeddings import initial_rows
-from lsg_patch.modules.position_table import tiled
 from tests import golden
 from tests.tokenizers import tokenizer_like
 
@@ -56,8 +57,15 @@ def test_a_patched_model_has_the_references_position_table(name: str) -> None:
     lsg_patch.patch_model(
         model, max_position_embeddings=conversion["max_sequence_length"], tokenizer=tokenizer
     )
-    assert torch.equal(
-        model.base_model.embeddings.position_embeddings.weight,
-        extra["expected.position_table"].float(),
-    )
+    base, family = find_base(model)
+    tables = {"expected.position_table": f"{family.embeddings}.{family.positions}"}
+    if family.decoder_positions:
+        tables["expected.decoder_position_table"] = family.decoder_positions
+    for stored, path in tables.items():
+        table = base.get_submodule(path)
+        # of sinusoids, the same for both, only the first ones are stored
+        expected = extra.get(stored, extra["expected.position_table"]).float()
+        length = conversion["max_sequence_length"]
+        assert table.num_embeddings == length + family.position_offset(table)
+        assert torch.equal(table.weight[: len(expected)], expected)
     assert model.config.max_position_embeddings == meta["expected_config_max_position_embeddings"]
