@@ -190,7 +190,7 @@ def enable_checkpointing(model: Any, use_reentrant: bool) -> None:
     """Gradient checkpointing, by the name that this transformers has for it."""
     # 5.23 renamed it; before 4.35 it was reentrant and took no argument
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": use_reentrant})
+    enable(*[{"use_reentrant": use_reentrant}] * bool(inspect.signature(enable).parameters))
 
 
 def assert_same(
