@@ -96,13 +96,16 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _families_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "The model families that can be patched, from the registry."
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
 def _families(args: argparse.Namespace) -> int:
     from lsg_patch.families import table
 
-    print(table.as_json() if args.json else table.as_text())
+    form = table.as_json if args.json else table.as_markdown if args.markdown else table.as_text
+    print(form())
     return 0
 
 

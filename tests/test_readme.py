@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lsg_patch
+from lsg_patch.families import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,5 +39,8 @@ def test_examples_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_argument_is_in_the_table() -> None:
     arguments = set(inspect.signature(lsg_patch.patch_model).parameters) - {"model"}
-    arguments.discard("pass_global_tokens_to_decoder")  # for encoder-decoders, which are refused
     assert arguments <= set(re.findall(r"`(\w+)`", README))
+
+
+def test_the_table_of_families_is_that_of_the_registry() -> None:
+    assert table.as_markdown() in README

@@ -38,12 +38,23 @@ def as_json() -> str:
 
 def as_text() -> str:
     """Columns, their heads first."""
-    lines = [tuple(name.replace("_", " ") for name in Row._fields)] + [
-        (row.family, ", ".join(row.base_models), row.positions, ("no", "yes")[row.begins_with_cls])
-        for row in rows()
-    ]
+    lines = _cells()
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def as_markdown() -> str:
+    """A Markdown table, as the README has it."""
+    head, *others = _cells()
+    lines = [head, ("---",) * len(head), *others]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells() -> list[tuple[str, ...]]:
+    return [tuple(name.replace("_", " ") for name in Row._fields)] + [
+        (row.family, ", ".join(row.base_models), row.positions, ("no", "yes")[row.begins_with_cls])
+        for row in rows()
+    ]
