@@ -4,6 +4,7 @@ from lsg_patch.attention import lsg_attention
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import AttentionNames, Family, register_family
 from lsg_patch.patching import (
+    freeze_except_global,
     get_config,
     global_embeddings,
     is_patched,
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionNames",
     "Family",
     "LSGConfig",
+    "freeze_except_global",
     "get_config",
     "global_embeddings",
     "is_patched",

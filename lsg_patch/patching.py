@@ -128,6 +128,26 @@ def unpatch_model(model: Model) -> Model:
     return model
 
 
+def freeze_except_global(model: Model, train_head: bool = True) -> Model:
+    """Leave only the global tokens trainable, and with ``train_head`` what is outside the base model.
+
+    The cheapest way to fit a patched model to long inputs. Weights that a head shares with the base
+    model (a language model's words) are frozen. ``requires_grad_(True)`` takes it back.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: ``model`` is not patched, or patched with ``num_global_tokens=0``.
+    """
+    trained = global_embeddings(model)
+    of_bases = {id(p) for base in _require_patched(model) for p in base.parameters()}
+    for parameter in model.parameters():
+        in_head = train_head and id(parameter) not in of_bases
+        parameter.requires_grad_(parameter is trained or in_head)
+    return model
+
+
 @contextmanager
 def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
     """A patch for the time of a ``with`` block; leaving it reverts, also by an exception.

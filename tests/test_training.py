@@ -154,3 +154,33 @@ def test_compiles_without_a_break(sparsity_type: str) -> None:
         expected = run(model, ids, mask)["last_hidden_state"]
         actual = run(compiled, ids, mask)["last_hidden_state"]
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_training_the_global_tokens_alone(train_head: bool) -> None:
+    head = next(c for c in model_classes("bert") if c.__name__ == "BertForSequenceClassification")
+    model = patched_model("bert", head, num_global_tokens=4)
+    assert lsg_patch.freeze_except_global(model, train_head) is model
+    trained = {"bert.embeddings.global_embeddings.weight"}
+    trained |= {"classifier.weight", "classifier.bias"} if train_head else set()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    ids, labels = ids_like(MASK, "bert"), torch.tensor([0, 1])
+    losses = []
+    for _ in range(15):
+        loss = model(ids, MASK, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == trained
+
+
+def test_weights_that_a_head_shares_are_frozen() -> None:
+    head = next(c for c in model_classes("bert") if c.__name__ == "BertForMaskedLM")
+    model = lsg_patch.freeze_except_global(patched_model("bert", head))
+    assert not model.get_input_embeddings().weight.requires_grad
+    assert model.cls.predictions.transform.dense.weight.requires_grad
