@@ -28,6 +28,20 @@ def patched_model(family: str, cls: type[Any] | None = None, **settings: Any) ->
     return lsg_patch.patch_model(tiny_model(family, cls, **overrides), **{**SETTINGS, **settings})
 
 
+def train(model: Any, steps: int, lr: float) -> list[float]:
+    """The losses of a classifier that learns two long texts by heart."""
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr)
+    ids, labels = ids_like(MASK, "bert"), torch.tensor([0, 1])
+    losses = []
+    for _ in range(steps):
+        loss = model(ids, MASK, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def gradients(model: Any, family: str) -> dict[str, torch.Tensor]:
     model.zero_grad()
     # another forward in between: what a layer needs must not be kept beside its arguments
@@ -71,15 +85,7 @@ def test_a_head_trains_with_dropout(sparsity_type: str) -> None:
     head = next(c for c in model_classes("bert") if c.__name__ == "BertForSequenceClassification")
     overrides = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
     model = patched_model("bert", head, sparsity_type=sparsity_type, overrides=overrides).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    ids, labels = ids_like(MASK, "bert"), torch.tensor([0, 1])
-    losses = []
-    for _ in range(40):
-        loss = model(ids, MASK, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, steps=40, lr=2e-3)
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -165,15 +171,7 @@ def test_training_the_global_tokens_alone(train_head: bool) -> None:
     trained |= {"classifier.weight", "classifier.bias"} if train_head else set()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    ids, labels = ids_like(MASK, "bert"), torch.tensor([0, 1])
-    losses = []
-    for _ in range(15):
-        loss = model(ids, MASK, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, steps=15, lr=1e-2)
     assert losses[-1] < losses[0]
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == trained
