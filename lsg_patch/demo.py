@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -458,8 +459,8 @@ def measure(options: DemoOptions) -> dict[str, Any]:
         "sides": [asdict(side) for side in sides],
         "compared_after_revert": len(samples),
         "reverted_bit_for_bit": all(map(torch.equal, first_outputs, last_outputs)),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
         "threads": torch.get_num_threads(),
     }
 
