@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from lsg_patch import compat
@@ -93,14 +94,16 @@ def patch_model(
         raise ValueError(
             f"{type(base).__name__} is patched already: unpatch_model(model) first, then patch it anew"
         )
-    plan = make_plan(base, family, config, tokenizer)
     journal = Journal()
-    try:
-        _apply(base, family, config, plan, tokenizer, journal)
-        journal.set_attribute(base, PATCH, Patch(config, family.name, journal))
-    except BaseException:
-        journal.undo()
-        raise
+    # tensors made in inference mode could never be trained
+    with torch.inference_mode(False):
+        plan = make_plan(base, family, config, tokenizer)
+        try:
+            _apply(base, family, config, plan, tokenizer, journal)
+            journal.set_attribute(base, PATCH, Patch(config, family.name, journal))
+        except BaseException:
+            journal.undo()
+            raise
     logger.info(
         "patched %s: %d attention modules, %d positions, %d global tokens",
         type(base).__name__,
@@ -124,7 +127,8 @@ def unpatch_model(model: Model) -> Model:
         for module in base.modules():
             _drop_stale_forward(module)
         patch: Patch = vars(base)[PATCH]
-        patch.journal.undo()
+        with torch.inference_mode(False):
+            patch.journal.undo()
     return model
 
 

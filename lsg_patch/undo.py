@@ -29,9 +29,15 @@ class Journal:
         self.changes.append(change)
 
     def undo(self) -> None:
-        """Take everything back, the last change first."""
+        """Take everything back, the last change first; what fails does not keep the rest."""
+        failed: Exception | None = None
         while self.changes:
-            self.changes.pop().undo()
+            try:
+                self.changes.pop().undo()
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, a plain attribute."""

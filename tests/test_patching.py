@@ -298,6 +298,26 @@ def test_models_that_share_a_config_revert_in_any_order() -> None:
         lsg_patch.patch_model(second, **{**SETTINGS, "max_position_embeddings": 300})
 
 
+def test_patched_in_inference_mode_a_model_trains_all_the_same() -> None:
+    model = tiny_model("bert")
+    with torch.inference_mode():
+        lsg_patch.patch_model(model, **SETTINGS)
+    model(ids_like(MASK_LONG, "bert"), MASK_LONG).last_hidden_state.sum().backward()
+    with torch.inference_mode():
+        lsg_patch.unpatch_model(model)
+    assert not model.embeddings.position_embeddings.weight.is_inference()
+
+
+def test_a_revert_that_fails_in_one_place_reverts_the_rest() -> None:
+    model = tiny_model("bert")
+    before = fingerprint(model)
+    lsg_patch.patch_model(model, **SETTINGS)
+    del model.embeddings.global_embeddings
+    with pytest.raises(AttributeError):
+        lsg_patch.unpatch_model(model)
+    assert fingerprint(model) == before
+
+
 def test_threads_share_a_patched_model() -> None:
     model = tiny_model("bert")
     lsg_patch.patch_model(model, **SETTINGS)
@@ -395,6 +415,7 @@ class TestRefusals:
             ({"sparse_block_size": 9}, "sparse_block_size=9 must be a multiple"),
             ({"sparse_block_size": -2}, "sparse_block_size must be a whole number of at least 0"),
             ({"sparsity_factor": -2}, "sparsity_factor must be"),
+            ({"sparsity_type": "none", "sparse_block_size": -4}, "sparse_block_size must be"),
             ({"num_global_tokens": 513}, "num_global_tokens must be a whole number from 0 to 512"),
             ({"num_global_tokens": -1}, "num_global_tokens"),
             ({"max_position_embeddings": 0}, "max_position_embeddings"),

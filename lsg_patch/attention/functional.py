@@ -42,7 +42,11 @@ def make_geometry(
             f"sparsity_type must be one of {', '.join(SPARSITY_TYPES)}, not {sparsity_type!r}"
         )
     off = sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor
-    # both are checked also where the part is off: a negative size is never meant
+    # checked also where the part is off: a negative size is never meant
+    if isinstance(sparse_block_size, int) and sparse_block_size < 0:
+        raise ValueError(
+            f"sparse_block_size must be a whole number of at least 0, not {sparse_block_size}"
+        )
     checked = Geometry(block_size, 0, sparsity_factor or 1, is_causal)
     return (
         checked
