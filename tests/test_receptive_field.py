@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lsg_patch
-from tests.models import FAMILIES, POSITIONS, tiny_model
+from tests import models, seq2seq
+from tests.models import POSITIONS
 
 BLOCK, SPARSE, FACTOR = 8, 8, 2
 SETTINGS: dict[str, Any] = {
@@ -19,13 +20,19 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def one_layer(family: str) -> Any:
+    if family in seq2seq.FAMILIES:
+        return seq2seq.tiny_model(family, encoder_layers=1)
+    return models.tiny_model(family, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("family", [*models.FAMILIES, *seq2seq.FAMILIES])
 @pytest.mark.parametrize("times", [2, 8])
 def test_a_token_is_reached_from_its_windows_and_from_global_tokens_alone(
     family: str, times: int
 ) -> None:
     length = times * POSITIONS
-    model = tiny_model(family, num_hidden_layers=1)
+    model = one_layer(family)
     words = model.get_input_embeddings().weight.detach()
     ids = torch.randint(len(words), (1, length), generator=torch.Generator().manual_seed(0))
     with lsg_patch.patched(
@@ -36,7 +43,8 @@ def test_a_token_is_reached_from_its_windows_and_from_global_tokens_alone(
         mask_first_token=False,
     ):
         embeds = words[ids].requires_grad_(True)
-        hidden = model(inputs_embeds=embeds).last_hidden_state
+        stack = model.get_encoder() if family in seq2seq.FAMILIES else model
+        hidden = stack(inputs_embeds=embeds).last_hidden_state
         assert torch.isfinite(hidden).all()
         token = length // 2 + 3
         probe = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(1))
