@@ -253,6 +253,7 @@ def _hook_stack(
     mask = Argument.of(of_base, *compat.MASK_NAMES)
     positions = Argument.of(of_base, "position_ids")
     attentions = Argument.of(of_base, "output_attentions")
+    takes_embedded = compat.takes_embeds_as_embedded(base)
     four_dimensions = compat.passes_masks_of_four_dimensions(base)
     enter_model = stack.EnterModel(
         config,
@@ -264,6 +265,7 @@ def _hook_stack(
         wants_attentions=attentions,
         four_dimensions=four_dimensions,
         needs_head_mask=compat.expands_masks_without_head_mask(base),
+        needs_mask=takes_embedded and not four_dimensions,
     )
     journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
     if plan.rotary is not None and compat.hands_rotation_to_stack(plan.stack):
@@ -290,10 +292,8 @@ def _hook_stack(
         # before other hooks, which then see what goes on from here
         handle = plan.embeddings.register_forward_hook(prepend, with_kwargs=True, prepend=True)
         journal.add_hook(handle)
-        if compat.takes_embeds_as_embedded(base):
-            to_given = stack.PrependToGiven(
-                prepend, family.embeddings, embeds, mask, needs_mask=not four_dimensions
-            )
+        if takes_embedded:
+            to_given = stack.PrependToGiven(prepend, family.embeddings, embeds)
             journal.add_hook(base.register_forward_pre_hook(to_given, with_kwargs=True))
     stack_mask = Argument.of(of_stack, *compat.MASK_NAMES)
     enter_stack = stack.EnterStack(

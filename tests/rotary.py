@@ -61,12 +61,15 @@ def check_turned_attention(
             getattr(attention, name)(hidden).unflatten(-1, (heads, -1)).transpose(0, 1).double()
             for name in ("query", "key", "value")
         )
-        query, key = (turned(x, positions, interleaved) for x in (query, key))
-        if turns_values:
-            value = turned(value, positions, interleaved)
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        expected = (scores.softmax(-1) @ value).transpose(0, 1).flatten(-2)
-        torch.testing.assert_close(context.double(), expected, rtol=0, atol=1e-5)
-        # and it does matter where the rows stand
-        other, _ = (turned(x, positions.flip(0), interleaved) for x in (query, key))
-        assert (other - query).abs().max() > 1e-2
+
+        def oracle(
+            places: Tensor, q: Tensor = query, k: Tensor = key, v: Tensor = value
+        ) -> Tensor:
+            q, k = (turned(x, places, interleaved) for x in (q, k))
+            v = turned(v, places, interleaved) if turns_values else v
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            return (scores.softmax(-1) @ v).transpose(0, 1).flatten(-2)
+
+        torch.testing.assert_close(context.double(), oracle(positions), rtol=0, atol=1e-5)
+        shifted = oracle(torch.arange(num_global + length))
+        assert (shifted - context)[num_global:].abs().max() > 1e-2, "a shift would be seen"

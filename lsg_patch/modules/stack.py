@@ -165,6 +165,7 @@ class EnterModel:
     wants_attentions: Argument
     four_dimensions: bool
     needs_head_mask: bool
+    needs_mask: bool = False
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.head_mask.get(args, kwargs) is not None:
@@ -185,8 +186,10 @@ class EnterModel:
             # of no effect but to keep the padding mask compact: the patched layers do not read it
             args, kwargs = self.head_mask.put(torch.ones(1, device=given.device), args, kwargs)
         mask = self.mask.get(args, kwargs)
-        if mask is None:
+        if mask is None and not self.needs_mask:
             return args, kwargs
+        if mask is None:  # the model would make one that counts the global tokens
+            mask = torch.ones(batch, length, device=given.device)
         if mask.dim() != 2 or mask.shape[1] != length or mask.shape[0] not in (1, batch):
             raise ValueError(
                 f"attention_mask must be (B, T) = {(batch, length)}, 1 for tokens and 0 for padding, "
@@ -284,17 +287,11 @@ class PrependToGiven:
     prepend: PrependGlobals
     embeddings: str
     embeds: Argument
-    mask: Argument
-    needs_mask: bool
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         given = self.embeds.get(args, kwargs)
         if given is None:
             return args, kwargs
-        if self.needs_mask and self.mask.get(args, kwargs) is None:
-            # the model would make one that is as long as what it is given now
-            ones = torch.ones(given.shape[:2], device=given.device)
-            args, kwargs = self.mask.put(ones, args, kwargs)
         with_globals = self.prepend.before(given, base.get_submodule(self.embeddings), None, None)
         return self.embeds.put(with_globals, args, kwargs)
 
