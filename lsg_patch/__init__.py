@@ -2,7 +2,7 @@
 
 from lsg_patch.attention import lsg_attention
 from lsg_patch.config import LSGConfig
-from lsg_patch.families import AttentionNames, Family, register_family
+from lsg_patch.families import AttentionNames, Family, Rotary, register_family
 from lsg_patch.patching import (
     freeze_except_global,
     get_config,
@@ -17,6 +17,7 @@ __all__ = [
     "AttentionNames",
     "Family",
     "LSGConfig",
+    "Rotary",
     "freeze_except_global",
     "get_config",
     "global_embeddings",

@@ -58,6 +58,29 @@ def stack_collects_hidden_states(stack: nn.Module) -> bool:
     return "output_hidden_states" in forward_parameters(stack)
 
 
+# what a base model hands to its stack, where it makes the rotation of all rows itself (ESM: 5.6)
+ROTATION = "position_embeddings"
+
+
+def hands_rotation_to_stack(stack: nn.Module) -> bool:
+    """Whether the base model turns positions into cosines and sines, or each layer does."""
+    return ROTATION in forward_parameters(stack)
+
+
+def takes_embeds_as_embedded(base: nn.Module) -> bool:
+    """Whether a base model takes given embeddings for the output of its embeddings (ESM, 4.56).
+
+    Its forward then names that output as they are named. Others hand them to their embeddings.
+    """
+    for cls in type(base).__mro__:
+        if "forward" in vars(cls):
+            code = dis.get_instructions(inspect.unwrap(vars(cls)["forward"]))
+            stored = [str(made.argval) for made in code if made.opname.startswith("STORE_FAST")]
+            # two stores may be one instruction (Python 3.13)
+            return any("inputs_embeds" in names for names in stored)
+    return False
+
+
 def attention_outputs(attention: nn.Module) -> int:
     """How many values a self-attention module must return: the states, the maps, perhaps a cache.
 
@@ -153,5 +176,5 @@ def is_left_behind(module: nn.Module, forward: Any) -> bool:
 
 
 def has_relative_positions(config: Any) -> bool:
-    """Whether the attention itself knows positions (4.x: relative_key, relative_key_query)."""
-    return getattr(config, "position_embedding_type", "absolute") not in ("absolute", None)
+    """Whether the attention's scores have terms for distances (4.x: relative_key, relative_key_query)."""
+    return str(getattr(config, "position_embedding_type", None)).startswith("relative")

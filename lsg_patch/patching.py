@@ -246,27 +246,64 @@ def _hook_edges(
 def _hook_stack(
     base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
 ) -> None:
-    if plan.global_rows is not None:
-        prepend = stack.PrependGlobals(family.global_path)
-        journal.add_hook(plan.embeddings.register_forward_hook(prepend, prepend=True))
     of_base = compat.forward_parameters(base)
     of_stack = compat.forward_parameters(plan.stack)
+    ids = Argument.of(of_base, "input_ids")
+    embeds = Argument.of(of_base, "inputs_embeds")
     mask = Argument.of(of_base, *compat.MASK_NAMES)
+    positions = Argument.of(of_base, "position_ids")
     attentions = Argument.of(of_base, "output_attentions")
+    takes_embedded = compat.takes_embeds_as_embedded(base)
+    four_dimensions = compat.passes_masks_of_four_dimensions(base)
     enter_model = stack.EnterModel(
         config,
-        ids=Argument.of(of_base, "input_ids"),
-        embeds=Argument.of(of_base, "inputs_embeds"),
+        ids=ids,
+        embeds=embeds,
         mask=mask,
-        positions=Argument.of(of_base, "position_ids"),
+        positions=positions,
         head_mask=Argument.of(of_base, "head_mask"),
         wants_attentions=attentions,
-        four_dimensions=compat.passes_masks_of_four_dimensions(base),
+        four_dimensions=four_dimensions,
         needs_head_mask=compat.expands_masks_without_head_mask(base),
+        needs_mask=takes_embedded and not four_dimensions,
     )
     journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
+    if plan.rotary is not None and compat.hands_rotation_to_stack(plan.stack):
+        give = stack.GivePositions(positions, ids, embeds, mask, plan.global_positions)
+        journal.add_hook(base.register_forward_pre_hook(give, with_kwargs=True))
+    if plan.rotary is not None and plan.rotary.table is not None and plan.positions is not None:
+        # the stack reads it for its rows from 0 on; the layers have the rotation with their layout
+        unread = encoder.FirstPosition(compat.PositionInput.of(plan.positions))
+        journal.add_hook(plan.positions.register_forward_pre_hook(unread))
+    of_embeddings = compat.forward_parameters(plan.embeddings)
+    embeddings_mask = Argument.of(of_embeddings, *compat.MASK_NAMES)
+    if embeddings_mask.position is not None:
+        compact = stack.CompactMask(embeddings_mask)
+        journal.add_hook(plan.embeddings.register_forward_pre_hook(compact, with_kwargs=True))
+    if plan.global_rows is not None:
+        prepend = stack.PrependGlobals(
+            family.global_path,
+            Argument.of(of_embeddings, "input_ids"),
+            embeddings_mask,
+            family.word_scale,
+            positions=family.positions if plan.rotary is None else None,
+            places=tuple(plan.offset + position for position in plan.global_positions),
+        )
+        # before other hooks, which then see what goes on from here
+        handle = plan.embeddings.register_forward_hook(prepend, with_kwargs=True, prepend=True)
+        journal.add_hook(handle)
+        if takes_embedded:
+            to_given = stack.PrependToGiven(prepend, family.embeddings, embeds)
+            journal.add_hook(base.register_forward_pre_hook(to_given, with_kwargs=True))
     stack_mask = Argument.of(of_stack, *compat.MASK_NAMES)
-    enter_stack = stack.EnterStack(config, Argument.of(of_stack, of_stack[0]), stack_mask)
+    enter_stack = stack.EnterStack(
+        config,
+        Argument.of(of_stack, of_stack[0]),
+        stack_mask,
+        Argument.of(of_stack, compat.ROTATION),
+        plan.rotary,
+        plan.global_positions,
+    )
     journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
     # before other hooks on the outputs, which then see what the unpatched model gives
     collects = compat.stack_collects_hidden_states(plan.stack)
@@ -295,6 +332,7 @@ def _hook_encoder(
     )
     carrier = compat.MaskCarrier.of(plan.stack, len(plan.attentions))
     carried = Argument.of(parameters, carrier.argument)
+    assert plan.positions is not None, "an encoder that embeds its input has a table of positions"
     takes = compat.PositionInput.of(plan.positions)
     enter = encoder.EnterEncoder(
         config, check, carrier, carried, family.words, family.positions, takes

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
-from lsg_patch.families import Family, find_modules
-from lsg_patch.modules.global_embeddings import initial_rows
+from lsg_patch.families import Family, Rotary, find_modules
+from lsg_patch.modules.global_embeddings import global_positions, initial_rows
 from lsg_patch.tokenizer import find_token_ids
 
 logger = logging.getLogger(__name__)
@@ -25,16 +25,19 @@ class Plan:
 
     ``first_token_rest`` (width,) is what an input's first token has besides its word and position;
     ``num_layers`` counts the layers that run, which may share one of ``attentions``; ``offset`` is
-    the number of rows before that of position 0 in the table ``positions``, of which
-    ``config.max_position_embeddings`` counts ``config_offset``; ``global_rows``
-    (num_global_tokens, width), or None for none.
+    the number of rows before that of position 0 in the table ``positions`` (None: there is no
+    table), of which ``config.max_position_embeddings`` counts ``config_offset``; ``rotary`` is None
+    where the table's rows are added to words; ``global_positions`` are those of the global tokens;
+    ``global_rows`` (num_global_tokens, width), or None for none.
     """
 
     attentions: list[nn.Module]
     stack: nn.Module
     embeddings: nn.Module
     words: nn.Embedding
-    positions: nn.Embedding
+    positions: nn.Embedding | None
+    rotary: Rotary | None
+    global_positions: tuple[int, ...]
     first_token_rest: Tensor | None
     offset: int
     config_offset: int
@@ -64,7 +67,7 @@ def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
     _check_positions(base, plan, config)
     _warn_of_unseen_tokens(plan, family, config)
     if config.num_global_tokens:
-        plan.global_rows = _global_rows(base, plan, config, tokenizer)
+        plan.global_rows = _global_rows(base, family, plan, config, tokenizer)
     return plan
 
 
@@ -89,7 +92,7 @@ def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
         return _table(base, f"{family.embeddings}.{name}")
 
     for name in family.global_path:
-        embeddings.get_submodule(name)
+        getattr(embeddings, name)
     attentions = find_modules(base, family.attentions)
     names = family.names
     for module in attentions:
@@ -97,8 +100,15 @@ def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
             module.get_submodule(name)
         for name in (names.heads, names.dropout):
             getattr(module, name)
-    positions = table(family.positions)
-    offset = family.position_offset(positions)
+    rotary = family.rotary
+    if rotary is not None and not rotary.is_used(base.config):
+        rotary = None
+    positions = _positions(base, family, rotary)
+    offset = 0 if positions is None else family.position_offset(positions)
+    reach = config.max_position_embeddings
+    if rotary is None and positions is not None:
+        reach = positions.num_embeddings - offset
+    taken = global_positions(reach, config.global_positional_stride, config.num_global_tokens)
     token_type = table(family.token_types).weight[0] if family.token_types else None
     with torch.no_grad():
         rest = (token_type, family.first_token_extra(embeddings, base.config))
@@ -109,6 +119,8 @@ def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
         embeddings=embeddings,
         words=table(family.words),
         positions=positions,
+        rotary=rotary,
+        global_positions=tuple(taken.tolist()),
         first_token_rest=torch.stack(known).sum(0) if known else None,
         offset=offset,
         config_offset=offset if family.config_counts_offset else 0,
@@ -118,6 +130,21 @@ def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
         if family.decoder_positions
         else None,
     )
+
+
+def _positions(base: nn.Module, family: Family, rotary: Rotary | None) -> nn.Embedding | None:
+    """The table of positions, or of their sines."""
+    if rotary is not None and rotary.table is not None:
+        return _table(base, rotary.table)
+    if family.positions is None:
+        return None
+    path = f"{family.embeddings}.{family.positions}"
+    try:
+        return _table(base, path)
+    except AttributeError:
+        if rotary is None:
+            raise
+        return None  # with rotary positions there may be an idle table (ESM before 4.53)
 
 
 def _table(base: nn.Module, path: str) -> nn.Embedding:
@@ -139,6 +166,8 @@ def _check_forwards(modules: Iterable[nn.Module]) -> None:
 
 def _check_positions(base: nn.Module, plan: Plan, config: LSGConfig) -> None:
     model_config: Any = base.config
+    if plan.positions is None:
+        return  # no table, no end
     rows = plan.positions.num_embeddings - plan.offset + plan.config_offset
     target = config.max_position_embeddings + plan.config_offset
     stated = model_config.max_position_embeddings
@@ -167,19 +196,23 @@ def _warn_of_unseen_tokens(plan: Plan, family: Family, config: LSGConfig) -> Non
         )
 
 
-def _global_rows(base: nn.Module, plan: Plan, config: LSGConfig, tokenizer: Any) -> Tensor:
+def _global_rows(
+    base: nn.Module, family: Family, plan: Plan, config: LSGConfig, tokenizer: Any
+) -> Tensor:
     by_mask_token = not config.random_global_init
     needs_mask = by_mask_token and config.num_global_tokens > 1
     bos_id, mask_id = find_token_ids(base.config, tokenizer, needs_mask)
+    added = plan.positions is not None and plan.rotary is None
+    usual_scale = family.word_scale(plan.embeddings, None, None)
     return initial_rows(
         plan.words.weight.detach(),
-        plan.positions.weight.detach()[plan.offset :],
+        plan.positions.weight.detach()[plan.offset :] if added else None,
         plan.first_token_rest,
         num_global_tokens=config.num_global_tokens,
         stride=config.global_positional_stride,
         bos_id=bos_id,
         mask_id=mask_id,
-        word_scale=compat.word_scale(plan.embeddings, plan.words),
+        word_scale=compat.word_scale(plan.embeddings, plan.words) * usual_scale,
         random_init=config.random_global_init,
         seed=config.seed,
     )

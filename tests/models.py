@@ -62,6 +62,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "subs_pad_id": 8,
         },
     ),
+    "esm": (
+        "EsmConfig",
+        "esm",
+        {"pad_token_id": 1, "mask_token_id": MASK, "position_embedding_type": "rotary"},
+    ),
+    "roformer": ("RoFormerConfig", "roformer", {"embedding_size": 16}),
     "albert": ("AlbertConfig", "albert", {"embedding_size": 16}),
     "distilbert": (
         "DistilBertConfig",

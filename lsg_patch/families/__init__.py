@@ -1,7 +1,7 @@
 """The families that can be patched, and how a model is recognised as one of them."""
 
-from lsg_patch.families import albert, bart, bert, distilbert, documents
-from lsg_patch.families.base import AttentionNames, Family, find_modules
+from lsg_patch.families import albert, bart, bert, distilbert, documents, rotary
+from lsg_patch.families.base import AttentionNames, Family, Rotary, find_modules
 from lsg_patch.families.refused import REFUSED
 from lsg_patch.families.registry import FAMILIES, family_of, find_base, register_family
 
@@ -10,12 +10,13 @@ __all__ = [
     "REFUSED",
     "AttentionNames",
     "Family",
+    "Rotary",
     "family_of",
     "find_base",
     "find_modules",
     "register_family",
 ]
 
-for _module in (bert, albert, distilbert, documents, bart):
+for _module in (bert, albert, distilbert, documents, rotary, bart):
     for _family in _module.FAMILIES:
         register_family(_family)

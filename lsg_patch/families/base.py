@@ -26,6 +26,11 @@ def nothing_more(embeddings: Any, config: Any) -> Tensor | None:
     return None
 
 
+def unscaled(embeddings: Any, ids: Tensor | None, mask: Tensor | None) -> Tensor | float:
+    """Words are taken as their table has them."""
+    return 1.0
+
+
 def tiled(rows: Tensor, offset: int, length: int, config: Any = None) -> Tensor:
     """``rows`` (offset + n, width) as (offset + length, width): the first kept, the n repeated.
 
@@ -47,6 +52,41 @@ def continued(rows: Tensor, computed: Tensor) -> Tensor:
 def context_alone(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
     """The module gives the joined heads; what follows them is outside of it."""
     return context
+
+
+def always(config: Any) -> bool:
+    """Whatever the config says."""
+    return True
+
+
+def never(attention: Any) -> bool:
+    """Whatever module it is."""
+    return False
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Positions that turn queries and keys, in place of rows that are added to the words.
+
+    Nothing of this is limited in length, and how much two tokens see of each other depends on how
+    far apart they are alone. Global tokens have positions as well: see ``global_positions``.
+
+    Attributes:
+        rotation: cosines and sines, each (..., head size / 2), of positions (...):
+            ``rotation(stack, positions)``.
+        interleaved: whether neighbours in a head are turned as a pair; else an element and the one
+            half a head after it.
+        is_used: whether a model with this config has rotary positions.
+        turns_values: whether a self-attention module turns its values as well.
+        table: a table of sines and cosines that ``rotation`` reads, below the base model; it grows
+            as a table of positions does.
+    """
+
+    rotation: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    interleaved: bool = False
+    is_used: Callable[[Any], bool] = always
+    turns_values: Callable[[Any], bool] = never
+    table: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +113,14 @@ class Family:
         stack: the module that runs the layers; what goes in and out of it is changed there.
         embeddings: its output is what the global tokens are prepended to, and it holds them, so
             that they stand in the state dict where the reference has them.
-        global_path: modules below ``embeddings`` that a global token passes, as a word does.
-        words, positions, token_types: the embedding tables below ``embeddings``.
+        global_path: modules below ``embeddings`` that a global token passes, as a word does; one
+            that is None in a model is left out.
+        words, positions, token_types: the embedding tables below ``embeddings``; None where there
+            are no such rows to add. Models with rotary positions may lack the ``positions``.
+        rotary: how positions turn queries and keys, in families that have such.
+        word_scale: what the words of each row are multiplied with before their positions are added,
+            (B, 1, 1): ``word_scale(embeddings, ids, mask)`` of ids (B, T) and, where the embeddings
+            get it, the padding mask; of None and None: what they are usually multiplied with.
         first_token_extra: what the embedding of an input's first token has besides its word, position
             and token type, (width,), or None: ``first_token_extra(embeddings, config)``.
         position_offset: rows of the position table before that of position 0.
@@ -101,8 +147,10 @@ class Family:
     embeddings: str = "embeddings"
     global_path: tuple[str, ...] = ("LayerNorm", "dropout")
     words: str = "word_embeddings"
-    positions: str = "position_embeddings"
+    positions: str | None = "position_embeddings"
     token_types: str | None = "token_type_embeddings"
+    rotary: Rotary | None = None
+    word_scale: Callable[[Any, Tensor | None, Tensor | None], Tensor | float] = unscaled
     first_token_extra: Callable[[Any, Any], Tensor | None] = nothing_more
     position_offset: Callable[[nn.Module], int] = no_offset
     config_counts_offset: bool = True

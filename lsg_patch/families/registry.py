@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lsg_patch.families.base import AttentionNames, Family
+from lsg_patch.families.base import AttentionNames, Family, Rotary
 from lsg_patch.families.refused import why_refused
 
 FAMILIES: dict[str, Family] = {}
@@ -96,7 +96,7 @@ def register_family(family: Family) -> Family:
 
 _PATHS = ("attentions", "stack", "embeddings", "words", "positions", "token_types")
 _LISTS = ("base_classes", "global_path", "position_buffers")
-_FUNCTIONS = ("position_offset", "first_token_extra", "grow_positions", "output")
+_FUNCTIONS = ("position_offset", "first_token_extra", "word_scale", "grow_positions", "output")
 
 
 def _check(family: Family) -> None:
@@ -104,7 +104,7 @@ def _check(family: Family) -> None:
         raise TypeError(f"a lsg_patch.Family is registered, not {type(family).__name__}")
     for name in ("name", *_PATHS):
         value = getattr(family, name)
-        if value is None and name == "token_types":
+        if value is None and name in ("positions", "token_types"):
             continue
         if not isinstance(value, str):
             raise TypeError(f"Family.{name} must be a string, not {value!r}")
@@ -121,6 +121,8 @@ def _check(family: Family) -> None:
             raise TypeError(f"Family.{name} must be a function, not {getattr(family, name)!r}")
     if not isinstance(family.names, AttentionNames):
         raise TypeError(f"Family.names must be AttentionNames, not {family.names!r}")
+    if not isinstance(family.rotary, (Rotary, type(None))):
+        raise TypeError(f"Family.rotary must be a Rotary or None, not {family.rotary!r}")
 
 
 def family_of(module: nn.Module) -> Family | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from lsg_patch.families.base import tiled
+from lsg_patch.families.base import Family, tiled
 from lsg_patch.families.registry import FAMILIES
 
 
 class Row(NamedTuple):
-    """A family; ``positions`` is "learned", or "learned or computed"."""
+    """A family; ``positions`` is "learned", "rotary", or "learned or" another kind."""
 
     family: str
     base_models: tuple[str, ...]
@@ -24,11 +24,18 @@ def rows() -> list[Row]:
         Row(
             family=family.name,
             base_models=family.base_classes,
-            positions="learned" if family.grow_positions is tiled else "learned or computed",
+            positions=_positions(family),
             begins_with_cls=family.begins_with_cls,
         )
         for family in sorted(FAMILIES.values(), key=lambda family: family.name)
     ]
+
+
+def _positions(family: Family) -> str:
+    kinds = ["learned"] * (family.positions is not None)
+    kinds += ["rotary"] * (family.rotary is not None)
+    kinds += ["computed"] * (family.rotary is None and family.grow_positions is not tiled)
+    return " or ".join(kinds)
 
 
 def as_json() -> str:

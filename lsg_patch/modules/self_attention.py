@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lsg_patch import compat
 from lsg_patch.attention import draw_projections, lsg_attention, projection_shapes
+from lsg_patch.attention.rotary import rotate
 from lsg_patch.config import LSGConfig
-from lsg_patch.families import AttentionNames, Family
+from lsg_patch.families import AttentionNames, Family, Rotary
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.stack import Layout
 from lsg_patch.undo import Journal
@@ -31,6 +32,7 @@ class AttentionState:
     mask: Argument
     outputs: int
     rounds: int
+    rotary: Rotary | None
 
 
 class LSGSelfAttention(nn.Module):
@@ -61,6 +63,11 @@ class LSGSelfAttention(nn.Module):
         query, key, value = (
             x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2) for x in projected
         )
+        if lsg.rotary is not None and layout.rotation is not None:
+            query = rotate(query, layout.rotation, lsg.rotary.interleaved)
+            key = rotate(key, layout.rotation, lsg.rotary.interleaved)
+            if lsg.rotary.turns_values(self):
+                value = rotate(value, layout.rotation, lsg.rotary.interleaved)
         context = lsg_attention(
             query,
             key,
@@ -121,7 +128,9 @@ def swap_attention(
     hidden = Argument.of(parameters, parameters[0])
     mask = Argument.of(parameters, *compat.MASK_NAMES)
     outputs = compat.attention_outputs(module)
-    state = AttentionState(config, names, family.output, hidden, mask, outputs, len(shapes))
+    state = AttentionState(
+        config, names, family.output, hidden, mask, outputs, len(shapes), family.rotary
+    )
     journal.set_attribute(module, "lsg", state)
     journal.set_class(module, lsg_class(type(module)))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsg_patch.config import LSGConfig
+from lsg_patch.families import Rotary
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
 
 
@@ -32,10 +33,13 @@ class Layout(NamedTuple):
         key_mask: (1 or B, T) over the tokens of the stack, True where one is seen as a key; None:
             all are seen.
         rows: (1 or B, T0): the stack's row that each token of the input is given back from.
+        rotation: where positions are rotary, the cosines and sines of the stack's rows, each
+            (1 or B, g + T, head size / 2).
     """
 
     key_mask: Tensor | None
     rows: Tensor
+    rotation: tuple[Tensor, Tensor] | None = None
 
 
 class Placement(NamedTuple):
@@ -101,17 +105,46 @@ def _layout(
     return Layout(key_mask, rows)
 
 
-def enter(hidden: Tensor, mask: Tensor | None, config: LSGConfig) -> tuple[Tensor, Layout]:
-    """``hidden`` (B, g + T0, width), as the embeddings gave it, laid out for the stack."""
+def enter(
+    hidden: Tensor,
+    mask: Tensor | None,
+    config: LSGConfig,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Layout]:
+    """``hidden`` (B, g + T0, width), as the embeddings gave it, laid out for the stack.
+
+    So is the ``rotation`` of its rows, (1 or B, g + T0, head size / 2) each.
+    """
     num_global = config.num_global_tokens
     length = hidden.shape[1] - num_global
     placement = place(mask, length, config, hidden.device)
     layout = _layout(mask, length, config, placement)
     missing = placement.tokens.shape[1] - length
-    if mask is None and missing >= 0:
-        return (F.pad(hidden, (0, 0, 0, missing)) if missing else hidden), layout
     globals_ = torch.arange(num_global, device=hidden.device).expand(len(placement.tokens), -1)
-    return _take_rows(hidden, torch.cat([globals_, num_global + placement.tokens], dim=1)), layout
+    rows = torch.cat([globals_, num_global + placement.tokens], dim=1)
+
+    def laid_out(x: Tensor) -> Tensor:
+        if mask is None and missing >= 0:
+            return F.pad(x, (0, 0, 0, missing)) if missing else x
+        return _take_rows(x if len(rows) == 1 else x.expand(len(rows), -1, -1), rows)
+
+    if rotation is not None:
+        layout = layout._replace(rotation=(laid_out(rotation[0]), laid_out(rotation[1])))
+    return laid_out(hidden), layout
+
+
+def with_globals_in_front(
+    tokens: Tensor, mask: Tensor | None, of_globals: tuple[int, ...]
+) -> Tensor:
+    """Positions (1 or B, g + T0) of all rows, of those of the tokens (1 or B, T0).
+
+    A global token's counts from the first real token of the row: see ``global_positions``.
+    """
+    first = tokens[:, :1]
+    if mask is not None:
+        first = tokens.expand(len(mask), -1).gather(1, mask.int().argmax(dim=1, keepdim=True))
+    globals_ = first + torch.tensor(of_globals, dtype=tokens.dtype, device=tokens.device)
+    return torch.cat([globals_, tokens.expand(len(first), -1)], dim=1)
 
 
 def leave(hidden: Tensor, layout: Layout) -> Tensor:
@@ -132,6 +165,7 @@ class EnterModel:
     wants_attentions: Argument
     four_dimensions: bool
     needs_head_mask: bool
+    needs_mask: bool = False
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if self.head_mask.get(args, kwargs) is not None:
@@ -152,8 +186,10 @@ class EnterModel:
             # of no effect but to keep the padding mask compact: the patched layers do not read it
             args, kwargs = self.head_mask.put(torch.ones(1, device=given.device), args, kwargs)
         mask = self.mask.get(args, kwargs)
-        if mask is None:
+        if mask is None and not self.needs_mask:
             return args, kwargs
+        if mask is None:  # the model would make one that counts the global tokens
+            mask = torch.ones(batch, length, device=given.device)
         if mask.dim() != 2 or mask.shape[1] != length or mask.shape[0] not in (1, batch):
             raise ValueError(
                 f"attention_mask must be (B, T) = {(batch, length)}, 1 for tokens and 0 for padding, "
@@ -181,25 +217,110 @@ class EnterModel:
 
 
 @dataclass(frozen=True)
+class GivePositions:
+    """Before a base model that turns positions itself: those of the global tokens as well."""
+
+    positions: Argument
+    ids: Argument
+    embeds: Argument
+    mask: Argument
+    of_globals: tuple[int, ...]
+
+    def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        given = self.ids.get(args, kwargs)
+        given = self.embeds.get(args, kwargs) if given is None else given
+        if given is None:
+            return args, kwargs  # the model itself has an error for this
+        tokens = self.positions.get(args, kwargs)
+        if tokens is None:
+            tokens = torch.arange(given.shape[1], device=given.device)[None]
+        mask = as_padding_mask(self.mask.get(args, kwargs))
+        return self.positions.put(
+            with_globals_in_front(tokens, mask, self.of_globals), args, kwargs
+        )
+
+
+@dataclass(frozen=True)
 class PrependGlobals:
-    """After the embeddings: global tokens in front, having passed what a word passes."""
+    """After the embeddings: global tokens in front, having passed what a word passes.
+
+    Where the words of a row are scaled otherwise than usual, its global tokens are as well, but for
+    what they have of a position: the rows ``places`` of the table ``positions``.
+    """
 
     path: tuple[str, ...]
+    ids: Argument
+    mask: Argument
+    word_scale: Callable[[Any, Tensor | None, Tensor | None], Tensor | float]
+    positions: str | None
+    places: tuple[int, ...]
 
-    def __call__(self, embeddings: nn.Module, args: Args, output: Tensor) -> Tensor:
-        rows: Tensor = embeddings.global_embeddings(len(output))  # type: ignore[operator]
+    def __call__(self, embeddings: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
+        return self.before(
+            output, embeddings, self.ids.get(args, kwargs), self.mask.get(args, kwargs)
+        )
+
+    def before(
+        self, embedded: Tensor, embeddings: Any, ids: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Global tokens before ``embedded`` (B, T0, width)."""
+        rows: Tensor = embeddings.global_embeddings(len(embedded))
+        scale = self.word_scale(embeddings, ids, mask)
+        if isinstance(scale, Tensor):
+            ratio = scale / self.word_scale(embeddings, None, None)
+            if self.positions is None:
+                rows = ratio * rows
+            else:
+                places = torch.tensor(self.places, device=rows.device)
+                place = getattr(embeddings, self.positions).weight[places]
+                rows = place + ratio * (rows - place)
         for name in self.path:
-            rows = getattr(embeddings, name)(rows)
-        return torch.cat([rows.to(output.dtype), output], dim=1)
+            module = getattr(embeddings, name)
+            rows = rows if module is None else module(rows)
+        return torch.cat([rows.to(embedded.dtype), embedded], dim=1)
+
+
+@dataclass(frozen=True)
+class PrependToGiven:
+    """Before a base model that takes given embeddings for embedded: global tokens in front of them."""
+
+    prepend: PrependGlobals
+    embeddings: str
+    embeds: Argument
+
+    def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        given = self.embeds.get(args, kwargs)
+        if given is None:
+            return args, kwargs
+        with_globals = self.prepend.before(given, base.get_submodule(self.embeddings), None, None)
+        return self.embeds.put(with_globals, args, kwargs)
+
+
+@dataclass(frozen=True)
+class CompactMask:
+    """Before embeddings that read the padding mask: (B, T), as they do unpatched."""
+
+    mask: Argument
+
+    def __call__(self, embeddings: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        mask = as_padding_mask(self.mask.get(args, kwargs))
+        return (args, kwargs) if mask is None else self.mask.put(mask, args, kwargs)
 
 
 @dataclass(frozen=True)
 class EnterStack:
-    """Before the layer stack: hidden states and the mask argument are laid out."""
+    """Before the layer stack: hidden states and the mask argument are laid out.
+
+    With ``rotary`` positions their rotation is as well, which the base model hands to the stack as
+    ``rotation``, or which is made here.
+    """
 
     config: LSGConfig
     hidden: Argument
     mask: Argument
+    rotation: Argument
+    rotary: Rotary | None
+    of_globals: tuple[int, ...]
 
     def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         hidden = self.hidden.get(args, kwargs)
@@ -211,7 +332,17 @@ class EnterStack:
                 f"tokens: {self.config.num_global_tokens} more are needed, the global tokens that the "
                 "patched embeddings give. Call the whole model, or unpatch it"
             )
-        hidden, layout = enter(hidden, mask, self.config)
+        rotation = None
+        if self.rotary is not None:
+            given = self.rotation.get(args, kwargs)
+            if given is not None:  # every angle is there twice, for both elements of a pair
+                cos, sin = (part[..., : part.shape[-1] // 2] for part in given)
+                rotation = cos, sin
+            else:
+                tokens = torch.arange(length, device=hidden.device)[None]
+                positions = with_globals_in_front(tokens, mask, self.of_globals)
+                rotation = self.rotary.rotation(stack, positions)
+        hidden, layout = enter(hidden, mask, self.config, rotation)
         args, kwargs = self.hidden.put(hidden, args, kwargs)
         return self.mask.put(layout, args, kwargs)
 
