@@ -17,7 +17,7 @@ from lsg_patch.families import Family, find_base
 from lsg_patch.modules import encoder, stack
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
-from lsg_patch.modules.position_table import resize_buffers, resize_positions
+from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
 from lsg_patch.modules.self_attention import swap_attention
 from lsg_patch.plan import Plan, make_plan
 from lsg_patch.tokenizer import set_max_length
@@ -47,6 +47,7 @@ def patch_model(
     sparsity_factor: int | None = 2,
     num_global_tokens: int = 1,
     max_position_embeddings: int = 4096,
+    positions: str = "tile",
     mask_first_token: bool | None = None,
     pool_with_global: bool = True,
     adaptive: bool = True,
@@ -118,7 +119,8 @@ def unpatch_model(model: Model) -> Model:
     """Give back what ``patch_model`` changed, exactly; returns ``model``.
 
     Parameters of the attention were the same all the time, so what they learned stays. The
-    position table is the old parameter again; its rows keep what they learned. Global tokens go.
+    position table is the old parameter again; its rows keep what they learned, those that
+    ``positions="interpolate"`` stretched are what they were before. Global tokens go.
 
     Raises:
         ValueError: ``model`` is not patched.
@@ -219,8 +221,12 @@ def _apply(
     for table in (plan.positions, plan.decoder_positions):
         if table is not None:
             rows = table.weight.detach()
-            grown = family.grow_positions(rows, plan.offset, length, base.config)
-            resize_positions(table, grown, journal)
+            resized = family.computed_positions(rows, plan.offset, length, base.config)
+            stretched = False
+            if resized is None:
+                resized = RESIZED[config.positions](rows, plan.offset, length)
+                stretched = config.positions == "interpolate"
+            resize_positions(table, resized, journal, stretched)
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
     model_config: Any = base.config
     if model_config.max_position_embeddings != length + plan.config_offset:

@@ -55,7 +55,7 @@ PEGASUS = replace(
     name="pegasus",
     base_classes=("PegasusModel",),
     position_offset=no_offset,
-    grow_positions=sinusoids,
+    computed_positions=sinusoids,
 )
 
 FAMILIES = (BART, MBART, PEGASUS)

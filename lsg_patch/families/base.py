@@ -26,14 +26,9 @@ def nothing_more(embeddings: Any, config: Any) -> Tensor | None:
     return None
 
 
-def tiled(rows: Tensor, offset: int, length: int, config: Any = None) -> Tensor:
-    """``rows`` (offset + n, width) as (offset + length, width): the first kept, the n repeated.
-
-    Source: the reference's conversion, with all rows for every length.
-    """
-    head, body = rows[:offset], rows[offset:]
-    copies = -(-length // len(body))
-    return torch.cat([head, body.repeat(copies, 1)[:length]])
+def learned(rows: Tensor, offset: int, length: int, config: Any) -> Tensor | None:
+    """No formula gives the position table."""
+    return None
 
 
 def continued(rows: Tensor, computed: Tensor) -> Tensor:
@@ -79,8 +74,9 @@ class Family:
             and token type, (width,), or None: ``first_token_extra(embeddings, config)``.
         position_offset: rows of the position table before that of position 0.
         config_counts_offset: whether ``config.max_position_embeddings`` counts these rows too.
-        grow_positions: the position table of another length, (offset + length, width):
-            ``grow_positions(rows, offset, length, config)`` of the old ``rows`` (offset + n, width).
+        computed_positions: the position table of another length, (offset + length, width), where a
+            formula gives it, else None: ``computed_positions(rows, offset, length, config)`` of the
+            old ``rows`` (offset + n, width), with which it begins.
         position_buffers: buffers of ``embeddings`` as long as the position table.
         decoder: the module that reads what the encoder gives; its attention stays as it is.
         decoder_positions: its position table, below the base model. It grows as well: heads for
@@ -106,7 +102,7 @@ class Family:
     first_token_extra: Callable[[Any, Any], Tensor | None] = nothing_more
     position_offset: Callable[[nn.Module], int] = no_offset
     config_counts_offset: bool = True
-    grow_positions: Callable[[Tensor, int, int, Any], Tensor] = tiled
+    computed_positions: Callable[[Tensor, int, int, Any], Tensor | None] = learned
     position_buffers: tuple[str, ...] = ("position_ids", "token_type_ids")
     begins_with_cls: bool = True
     names: AttentionNames = AttentionNames()

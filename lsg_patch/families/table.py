@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from lsg_patch.families.base import tiled
+from lsg_patch.families.base import learned
 from lsg_patch.families.registry import FAMILIES
 
 
@@ -24,7 +24,7 @@ def rows() -> list[Row]:
         Row(
             family=family.name,
             base_models=family.base_classes,
-            positions="learned" if family.grow_positions is tiled else "learned or computed",
+            positions="learned" if family.computed_positions is learned else "learned or computed",
             begins_with_cls=family.begins_with_cls,
         )
         for family in sorted(FAMILIES.values(), key=lambda family: family.name)
