@@ -19,7 +19,7 @@ from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
 from lsg_patch.modules.self_attention import swap_attention
-from lsg_patch.plan import Plan, make_plan
+from lsg_patch.plan import Plan, configs_around, make_plan
 from lsg_patch.tokenizer import set_max_length
 from lsg_patch.undo import Journal
 
@@ -31,11 +31,15 @@ PATCH = "_lsg_patch"
 
 @dataclass
 class Patch:
-    """What a patched base model carries: its settings, and how to undo them."""
+    """What a patched base model carries: its settings, and how to undo them.
+
+    ``stated_length`` is what the model's config said before.
+    """
 
     config: LSGConfig
     family: str
     journal: Journal
+    stated_length: int
 
 
 def patch_model(
@@ -98,10 +102,12 @@ def patch_model(
     journal = Journal()
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
-        plan = make_plan(base, family, config, tokenizer)
+        plan = make_plan(model, base, family, config, tokenizer)
+        stated: Any = base.config
+        patch = Patch(config, family.name, journal, stated.max_position_embeddings)
         try:
             _apply(base, family, config, plan, tokenizer, journal)
-            journal.set_attribute(base, PATCH, Patch(config, family.name, journal))
+            journal.set_attribute(base, PATCH, patch)
         except BaseException:
             journal.undo()
             raise
@@ -129,8 +135,13 @@ def unpatch_model(model: Model) -> Model:
         for module in base.modules():
             _drop_stale_forward(module)
         patch: Patch = vars(base)[PATCH]
-        with torch.inference_mode(False):
-            patch.journal.undo()
+        try:
+            with torch.inference_mode(False):
+                patch.journal.undo()
+        finally:
+            # a config that was put in the place of the one that was changed states the length too
+            for config in configs_around(model, base).values():
+                config.max_position_embeddings = patch.stated_length
     return model
 
 
@@ -228,8 +239,7 @@ def _apply(
                 stretched = config.positions == "interpolate"
             resize_positions(table, resized, journal, stretched)
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
-    model_config: Any = base.config
-    if model_config.max_position_embeddings != length + plan.config_offset:
+    for model_config in plan.configs.values():
         journal.set_attribute(model_config, "max_position_embeddings", length + plan.config_offset)
     for index, module in enumerate(plan.attentions):
         # every layer its own projections; a seed gives the same ones each time

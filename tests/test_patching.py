@@ -285,17 +285,75 @@ def test_two_models_side_by_side() -> None:
     assert not lsg_patch.is_patched(plain)
 
 
-def test_models_that_share_a_config_revert_in_any_order() -> None:
+def test_of_models_that_share_a_config_one_is_patched_at_a_time() -> None:
+    """Else it would state a wrong length for the one as soon as the other is reverted."""
     config = tiny_config("bert")
-    first, second = (transformers.BertModel(config) for _ in range(2))
+    first, second = (transformers.BertForMaskedLM(config) for _ in range(2))
+    lsg_patch.patch_model(first, **SETTINGS)
+    before = fingerprint(second)
+    for length in (200, 300):
+        with pytest.raises(ValueError, match=r"^model.config.max_.* another patched model shares"):
+            lsg_patch.patch_model(second, **{**SETTINGS, "max_position_embeddings": length})
+    assert fingerprint(second) == before
+    # as the message says
+    lsg_patch.unpatch_model(first)
+    second = copy.deepcopy(second)
     lsg_patch.patch_model(first, **SETTINGS)
     lsg_patch.patch_model(second, **SETTINGS)
     lsg_patch.unpatch_model(first)
+    assert first.config.max_position_embeddings == POSITIONS
+    assert second.config.max_position_embeddings == 200
     lsg_patch.unpatch_model(second)
-    assert config.max_position_embeddings == POSITIONS
-    lsg_patch.patch_model(first, **SETTINGS)
-    with pytest.raises(ValueError, match="shared with another patched model"):
-        lsg_patch.patch_model(second, **{**SETTINGS, "max_position_embeddings": 300})
+    assert second.config.max_position_embeddings == POSITIONS
+
+
+@pytest.mark.parametrize("replaced", ["model", "base", "both"])
+def test_a_config_replaced_while_patched_states_the_length_after_the_revert(
+    replaced: str, tmp_path: Any
+) -> None:
+    model = lsg_patch.patch_model(tiny_model("bert", transformers.BertForMaskedLM), **SETTINGS)
+    first, stored = model.config, values(tiny_model("bert", transformers.BertForMaskedLM))
+    for owner in {"model": [model], "base": [model.bert], "both": [model, model.bert]}[replaced]:
+        owner.config = copy.deepcopy(first)
+    lsg_patch.unpatch_model(model)
+    for config in (first, model.config, model.bert.config, model.bert.encoder.config):
+        assert config.max_position_embeddings == POSITIONS
+    model.save_pretrained(tmp_path)
+    loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path)
+    assert_bitwise(values(loaded), stored)
+
+
+def test_a_config_replaced_before_states_the_length_while_patched(tmp_path: Any) -> None:
+    """What is saved is the outer one; the patch finds the table's length by the inner one."""
+    model = tiny_model("bert", transformers.BertForMaskedLM)
+    model.config = copy.deepcopy(model.config)
+    lsg_patch.patch_model(model, **SETTINGS)
+    assert model.config.max_position_embeddings == model.bert.config.max_position_embeddings == 200
+    model.save_pretrained(tmp_path)
+    transformers.BertForMaskedLM.from_pretrained(tmp_path)
+    clone = copy.deepcopy(model)
+    for each in (clone, model):
+        lsg_patch.unpatch_model(each)
+        assert each.config is not each.bert.config
+        assert each.config.max_position_embeddings == POSITIONS
+        assert each.bert.config.max_position_embeddings == POSITIONS
+
+
+def test_a_config_of_another_kind_around_the_model_is_left_alone() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = transformers.RobertaConfig(max_position_embeddings=7)
+            self.reader = nn.ModuleDict({"text": tiny_model("bert")})
+
+    model = Reader()
+    lsg_patch.unpatch_model(lsg_patch.patch_model(model, **SETTINGS))
+    assert model.config.max_position_embeddings == 7
+    model.reader.text.config.max_position_embeddings = 77
+    with pytest.raises(
+        ValueError, match=r"^model.reader.text.config.max_position_embeddings is 77"
+    ):
+        lsg_patch.patch_model(model, **SETTINGS)
 
 
 def test_patched_in_inference_mode_a_model_trains_all_the_same() -> None:
