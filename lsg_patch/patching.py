@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +27,8 @@ from lsg_patch.undo import Journal
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 GLOBAL_EMBEDDINGS = "global_embeddings"
 PATCH = "_lsg_patch"
 
@@ -42,6 +46,25 @@ class Patch:
     stated_length: int
 
 
+def _settings_once(patch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Refuse settings beside an ``LSGConfig``, also those that happen to be the defaults."""
+    signature = inspect.signature(patch)
+
+    @functools.wraps(patch)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        given = signature.bind(*args, **kwargs).arguments
+        names = {field.name for field in fields(LSGConfig)} - {"block_size"}
+        others = [name for name in given if name in names]
+        if others and isinstance(given.get("block_size"), LSGConfig):
+            raise TypeError(
+                f"an LSGConfig was given, and {', '.join(others)} as well: put all settings into one"
+            )
+        return patch(*args, **kwargs)
+
+    return checked
+
+
+@_settings_once
 def patch_model(
     model: Model,
     block_size: int | LSGConfig = 128,
@@ -90,9 +113,11 @@ def patch_model(
 
     A patch that fails leaves the model as it was.
     """
-    given = dict(locals())
-    settings = {field.name: given[field.name] for field in fields(LSGConfig)}
-    config = _config(block_size, settings)
+    if isinstance(block_size, LSGConfig):
+        config = block_size
+    else:
+        given = dict(locals())
+        config = LSGConfig(**{field.name: given[field.name] for field in fields(LSGConfig)})
     base, family = find_base(model)
     config = config.with_family_default(family.begins_with_cls)
     if is_patched(base):
@@ -204,22 +229,6 @@ def global_embeddings(model: nn.Module) -> nn.Parameter:
         if isinstance(module, GlobalEmbeddings):
             return module.weight
     raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
-
-
-def _config(block_size: int | LSGConfig, settings: dict[str, Any]) -> LSGConfig:
-    if not isinstance(block_size, LSGConfig):
-        return LSGConfig(**settings)
-    defaults = LSGConfig()
-    others = [
-        name
-        for name, value in settings.items()
-        if name != "block_size" and value != getattr(defaults, name)
-    ]
-    if others:
-        raise TypeError(
-            f"an LSGConfig was given, and {', '.join(others)} as well: put all settings into one"
-        )
-    return block_size
 
 
 def _apply(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import io
 import pickle
 import threading
@@ -499,6 +501,23 @@ class TestRefusals:
     def test_a_config_and_settings_together(self) -> None:
         with pytest.raises(TypeError, match="sparsity_type, num_global_tokens"):
             lsg_patch.patch_model(tiny_model("bert"), LSGConfig(), "pooling", num_global_tokens=2)
+        # a default that was asked for contradicts another setting as well
+        config = LSGConfig(**SETTINGS, sparsity_type="lsh")
+        with (
+            pytest.raises(TypeError, match="and sparsity_type as well"),
+            lsg_patch.patched(tiny_model("bert"), config, sparsity_type="norm"),
+        ):
+            pass
+        model = lsg_patch.patch_model(tiny_model("bert"), config, tokenizer=tokenizer_like())
+        assert lsg_patch.get_config(model).sparsity_type == "lsh"
+
+    def test_the_signature_shows_the_defaults(self) -> None:
+        parameters = inspect.signature(lsg_patch.patch_model).parameters
+        defaults = dataclasses.asdict(LSGConfig())
+        assert {name: parameters[name].default for name in defaults} == defaults
+        assert parameters.keys() - defaults == {"model", "tokenizer"}
+        with pytest.raises(TypeError, match="unexpected keyword argument 'blocks'"):
+            lsg_patch.patch_model(tiny_model("bert"), blocks=8)  # type: ignore[call-arg]
 
     def test_unknown_models(self) -> None:
         with pytest.raises(TypeError, match=r"GPT2Model holds no model of a family .*bert"):
