@@ -20,7 +20,7 @@ from lsg_patch.modules import encoder, stack
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
-from lsg_patch.modules.self_attention import swap_attention
+from lsg_patch.modules.self_attention import journals_of, swap_attention
 from lsg_patch.plan import Plan, configs_around, make_plan
 from lsg_patch.tokenizer import set_max_length
 from lsg_patch.undo import Journal
@@ -151,20 +151,25 @@ def unpatch_model(model: Model) -> Model:
 
     Parameters of the attention were the same all the time, so what they learned stays. The
     position table is the old parameter again; its rows keep what they learned, those that
-    ``positions="interpolate"`` stretched are what they were before. Global tokens go.
+    ``positions="interpolate"`` stretched are what they were before. Global tokens go. Layers that
+    were copied or moved into ``model`` from a patched one are reverted as well.
 
     Raises:
-        ValueError: ``model`` is not patched.
+        ValueError: nothing in ``model`` is patched.
     """
-    for base in _require_patched(model):
-        for module in base.modules():
-            _drop_stale_forward(module)
-        patch: Patch = vars(base)[PATCH]
-        try:
-            with torch.inference_mode(False):
-                patch.journal.undo()
-        finally:
-            # a config that was put in the place of the one that was changed states the length too
+    patches: list[tuple[nn.Module, Patch]] = [(x, vars(x)[PATCH]) for x in _patched_bases(model)]
+    # undone from the end: the records of attention that is where it was are empty by their turn
+    changes = Journal([*journals_of(model), *(patch.journal for _, patch in patches)])
+    if not changes.changes:
+        _require_patched(model)
+    for module in model.modules():
+        _drop_stale_forward(module)
+    try:
+        with torch.inference_mode(False):
+            changes.undo()
+    finally:
+        # a config that was put in the place of the one that was changed states the length too
+        for base, patch in patches:
             for config in configs_around(model, base).values():
                 config.max_position_embeddings = patch.stated_length
     return model
@@ -332,7 +337,8 @@ def _hook_encoder(
         mask = Argument.of(of_module, *compat.MASK_NAMES)
         handed_on = Argument.of(of_module, carrier.layer_argument)
         give = encoder.GiveLayout(config, carrier, handed_on, mask)
-        journal.add_hook(module.register_forward_pre_hook(give, with_kwargs=True))
+        own = journals_of(module)[0]
+        own.add_hook(module.register_forward_pre_hook(give, with_kwargs=True))
     # before other hooks on the outputs, which then see what the unpatched model gives
     leave = encoder.LeaveEncoder(config, carrier, carried, attentions, len(plan.attentions))
     journal.add_hook(plan.stack.register_forward_hook(leave, with_kwargs=True, prepend=True))

@@ -378,6 +378,39 @@ def test_a_revert_that_fails_in_one_place_reverts_the_rest() -> None:
     assert fingerprint(model) == before
 
 
+@pytest.mark.parametrize("sparsity_type", ["norm", "lsh"])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_layers_copied_while_patched_are_reverted(sparsity_type: str, again: Any) -> None:
+    model, mask = tiny_model("bert"), right_padded(20, 11)
+    ids, layers = ids_like(mask, "bert"), model.encoder.layer
+    model.config.num_hidden_layers = 4  # what 4.x counts by
+    model.encoder.layer = nn.ModuleList([*layers, *copy.deepcopy(layers)])
+    expected, before = run(model, ids, mask), fingerprint(model.encoder.layer[:2])
+    model.encoder.layer = layers
+    lsg_patch.patch_model(model, sparsity_type=sparsity_type, **SETTINGS)
+    kept = again(layers[1])
+    layers.append(again(layers[0]))
+    long_run(model, "bert")
+    lsg_patch.unpatch_model(model)
+    # one that was copied while patched, and comes back later
+    layers.append(kept)
+    assert not lsg_patch.is_patched(model) and isinstance(kept.attention.self, LSGSelfAttention)
+    assert lsg_patch.unpatch_model(model) is model
+    assert _without_ids(fingerprint(layers[2:])) == _without_ids(before)
+    assert_bitwise(run(model, ids, mask), expected)
+    with pytest.raises(ValueError, match="is not patched"):
+        lsg_patch.unpatch_model(model)
+
+
+def _without_ids(found: dict[str, Any]) -> dict[str, Any]:
+    """Of a fingerprint what a copy has in common with the original."""
+    return {
+        name: value[1:] if name.endswith("parameter") else value
+        for name, value in found.items()
+        if not name.endswith(" id")
+    }
+
+
 def test_threads_share_a_patched_model() -> None:
     model = tiny_model("bert")
     lsg_patch.patch_model(model, **SETTINGS)
