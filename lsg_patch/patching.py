@@ -269,7 +269,7 @@ def _hook_edges(
     base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
 ) -> None:
     """Hook what happens where the layers begin and where they end."""
-    hook = {"stack": _hook_stack, "encoder": _hook_encoder}[family.edge]
+    hook = _hook_encoder if family.embeds_in_stack else _hook_stack
     hook(base, family, plan, config, journal)
 
 

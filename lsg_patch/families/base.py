@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +63,10 @@ class Family:
         name: as in the error messages and tables.
         base_classes: class names of the base models (also of what they are derived from).
         attentions: the self-attention modules, ``*`` for the index of a layer.
-        edge: how global tokens get in and out: "stack" where embeddings are made outside of the
-            module that runs the layers, "encoder" where that module makes them itself.
         stack: the module that runs the layers; what goes in and out of it is changed there.
         embeddings: its output is what the global tokens are prepended to, and it holds them, so
-            that they stand in the state dict where the reference has them.
+            that they stand in the state dict where the reference has them. Where the stack embeds
+            its input itself (BART's encoder), it is the ``stack``.
         global_path: modules below ``embeddings`` that a global token passes, as a word does.
         words, positions, token_types: the embedding tables below ``embeddings``.
         first_token_extra: what the embedding of an input's first token has besides its word, position
@@ -92,7 +91,6 @@ class Family:
     name: str
     base_classes: tuple[str, ...]
     attentions: str = "encoder.layer.*.attention.self"
-    edge: Literal["stack", "encoder"] = "stack"
     stack: str = "encoder"
     embeddings: str = "embeddings"
     global_path: tuple[str, ...] = ("LayerNorm", "dropout")
@@ -109,6 +107,11 @@ class Family:
     output: Callable[[Any, Tensor, Tensor], Tensor] = context_alone
     decoder: str | None = None
     decoder_positions: str | None = None
+
+    @property
+    def embeds_in_stack(self) -> bool:
+        """Whether the module that runs the layers also makes the embeddings of its input."""
+        return self.embeddings == self.stack
 
 
 def find_modules(root: nn.Module, path: str) -> list[nn.Module]:
