@@ -503,8 +503,9 @@ class TestRefusals:
             ({"block_size": 0}, "block_size must be a whole number of at least 1"),
             (
                 {"block_size": 10, "sparsity_factor": 4},
-                "block_size=10 must be a multiple of sparsity_factor=4",
+                "block_size=10 must be a multiple of sparsity_factor=4: pass block_size=12, or",
             ),
+            ({"block_size": 33}, "pass block_size=34, or a factor that divides it, such as 1"),
             ({"sparse_block_size": 9}, "sparse_block_size=9 must be a multiple"),
             ({"sparse_block_size": -2}, "sparse_block_size must be a whole number of at least 0"),
             ({"sparsity_factor": -2}, "sparsity_factor must be"),
