@@ -93,6 +93,9 @@ def patch_model(
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
     In an encoder-decoder the encoder's self-attention is patched; the decoder's and the cross
     attention stay full, and only the decoder's position table grows as the encoder's does.
+    ``position_ids`` that are given are taken as they are: an input that has them may be longer than
+    ``max_position_embeddings``. Hooks of yours on modules inside the layer stack see its rows,
+    [global tokens | tokens | padding to whole blocks], not those of the input.
 
     Args:
         model: a model of a supported family, with or without a head, or a module that holds one.
