@@ -10,6 +10,7 @@ from typing import Any
 from lsg_patch.attention import BACKEND_NAMES, Geometry, make_geometry
 
 MAX_GLOBAL_TOKENS = 512
+POSITION_NAMES = ("tile", "interpolate")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class LSGConfig:
         sparsity_factor: tokens that one sparse token stands for; divides both block sizes.
         num_global_tokens: trainable tokens, 0 to 512, that see and are seen by all.
         max_position_embeddings: tokens that the patched model can read.
+        positions: how a learned position table becomes longer. tile: its rows are repeated, so that
+            short inputs keep their positions. interpolate: they are stretched over the new length
+            (``modules.position_table.interpolated`` has the formula): order is kept all the way,
+            but every input, a short one too, has other positions than before, which is worth some
+            training; what the table learns meanwhile is lost when the patch is taken back. In an
+            encoder-decoder both tables are treated alike, so ``tile`` is the one for generation
+            without training. Computed tables (sinusoids) go on by their formula in either way.
         mask_first_token: hide the first real token of each row from the others, the first global
             token standing in for it. None: what suits the model's family.
         pool_with_global: give the first global token's output as the first real token's.
@@ -47,6 +55,7 @@ class LSGConfig:
     sparsity_factor: int | None = 2
     num_global_tokens: int = 1
     max_position_embeddings: int = 4096
+    positions: str = "tile"
     mask_first_token: bool | None = None
     pool_with_global: bool = True
     adaptive: bool = True
@@ -85,10 +94,11 @@ class LSGConfig:
             raise ValueError(
                 f"attention_probs_dropout_prob must be in [0, 1) or None, not {rate!r}"
             )
-        if self.backend not in BACKEND_NAMES:
-            raise ValueError(
-                f"backend must be one of {', '.join(BACKEND_NAMES)}, not {self.backend!r}"
-            )
+        for name, names in (("positions", POSITION_NAMES), ("backend", BACKEND_NAMES)):
+            if getattr(self, name) not in names:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(names)}, not {getattr(self, name)!r}"
+                )
         if self.mask_first_token:
             self._check_first_token()
 

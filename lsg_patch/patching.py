@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -17,27 +19,52 @@ from lsg_patch.families import Family, find_base
 from lsg_patch.modules import encoder, stack
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
-from lsg_patch.modules.position_table import resize_buffers, resize_positions
-from lsg_patch.modules.self_attention import swap_attention
-from lsg_patch.plan import Plan, make_plan
+from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
+from lsg_patch.modules.self_attention import journals_of, swap_attention
+from lsg_patch.plan import Plan, configs_around, make_plan
 from lsg_patch.tokenizer import set_max_length
 from lsg_patch.undo import Journal
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 GLOBAL_EMBEDDINGS = "global_embeddings"
 PATCH = "_lsg_patch"
 
 
 @dataclass
 class Patch:
-    """What a patched base model carries: its settings, and how to undo them."""
+    """What a patched base model carries: its settings, and how to undo them.
+
+    ``stated_length`` is what the model's config said before.
+    """
 
     config: LSGConfig
     family: str
     journal: Journal
+    stated_length: int
 
 
+def _settings_once(patch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Refuse settings beside an ``LSGConfig``, also those that happen to be the defaults."""
+    signature = inspect.signature(patch)
+
+    @functools.wraps(patch)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        given = signature.bind(*args, **kwargs).arguments
+        names = {field.name for field in fields(LSGConfig)} - {"block_size"}
+        others = [name for name in given if name in names]
+        if others and isinstance(given.get("block_size"), LSGConfig):
+            raise TypeError(
+                f"an LSGConfig was given, and {', '.join(others)} as well: put all settings into one"
+            )
+        return patch(*args, **kwargs)
+
+    return checked
+
+
+@_settings_once
 def patch_model(
     model: Model,
     block_size: int | LSGConfig = 128,
@@ -47,6 +74,7 @@ def patch_model(
     sparsity_factor: int | None = 2,
     num_global_tokens: int = 1,
     max_position_embeddings: int = 4096,
+    positions: str = "tile",
     mask_first_token: bool | None = None,
     pool_with_global: bool = True,
     adaptive: bool = True,
@@ -65,6 +93,9 @@ def patch_model(
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
     In an encoder-decoder the encoder's self-attention is patched; the decoder's and the cross
     attention stay full, and only the decoder's position table grows as the encoder's does.
+    ``position_ids`` that are given are taken as they are: an input that has them may be longer than
+    ``max_position_embeddings``. Hooks of yours on modules inside the layer stack see its rows,
+    [global tokens | tokens | padding to whole blocks], not those of the input.
 
     Args:
         model: a model of a supported family, with or without a head, or a module that holds one.
@@ -85,9 +116,11 @@ def patch_model(
 
     A patch that fails leaves the model as it was.
     """
-    given = dict(locals())
-    settings = {field.name: given[field.name] for field in fields(LSGConfig)}
-    config = _config(block_size, settings)
+    if isinstance(block_size, LSGConfig):
+        config = block_size
+    else:
+        given = dict(locals())
+        config = LSGConfig(**{field.name: given[field.name] for field in fields(LSGConfig)})
     base, family = find_base(model)
     config = config.with_family_default(family.begins_with_cls)
     if is_patched(base):
@@ -97,10 +130,12 @@ def patch_model(
     journal = Journal()
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
-        plan = make_plan(base, family, config, tokenizer)
+        plan = make_plan(model, base, family, config, tokenizer)
+        stated: Any = base.config
+        patch = Patch(config, family.name, journal, stated.max_position_embeddings)
         try:
             _apply(base, family, config, plan, tokenizer, journal)
-            journal.set_attribute(base, PATCH, Patch(config, family.name, journal))
+            journal.set_attribute(base, PATCH, patch)
         except BaseException:
             journal.undo()
             raise
@@ -118,17 +153,28 @@ def unpatch_model(model: Model) -> Model:
     """Give back what ``patch_model`` changed, exactly; returns ``model``.
 
     Parameters of the attention were the same all the time, so what they learned stays. The
-    position table is the old parameter again; its rows keep what they learned. Global tokens go.
+    position table is the old parameter again; its rows keep what they learned, those that
+    ``positions="interpolate"`` stretched are what they were before. Global tokens go. Layers that
+    were copied or moved into ``model`` from a patched one are reverted as well.
 
     Raises:
-        ValueError: ``model`` is not patched.
+        ValueError: nothing in ``model`` is patched.
     """
-    for base in _require_patched(model):
-        for module in base.modules():
-            _drop_stale_forward(module)
-        patch: Patch = vars(base)[PATCH]
+    patches: list[tuple[nn.Module, Patch]] = [(x, vars(x)[PATCH]) for x in _patched_bases(model)]
+    # undone from the end: the records of attention that is where it was are empty by their turn
+    changes = Journal([*journals_of(model), *(patch.journal for _, patch in patches)])
+    if not changes.changes:
+        _require_patched(model)
+    for module in model.modules():
+        _drop_stale_forward(module)
+    try:
         with torch.inference_mode(False):
-            patch.journal.undo()
+            changes.undo()
+    finally:
+        # a config that was put in the place of the one that was changed states the length too
+        for base, patch in patches:
+            for config in configs_around(model, base).values():
+                config.max_position_embeddings = patch.stated_length
     return model
 
 
@@ -193,22 +239,6 @@ def global_embeddings(model: nn.Module) -> nn.Parameter:
     raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
 
 
-def _config(block_size: int | LSGConfig, settings: dict[str, Any]) -> LSGConfig:
-    if not isinstance(block_size, LSGConfig):
-        return LSGConfig(**settings)
-    defaults = LSGConfig()
-    others = [
-        name
-        for name, value in settings.items()
-        if name != "block_size" and value != getattr(defaults, name)
-    ]
-    if others:
-        raise TypeError(
-            f"an LSGConfig was given, and {', '.join(others)} as well: put all settings into one"
-        )
-    return block_size
-
-
 def _apply(
     base: nn.Module, family: Family, config: LSGConfig, plan: Plan, tokenizer: Any, journal: Journal
 ) -> None:
@@ -219,11 +249,14 @@ def _apply(
     for table in (plan.positions, plan.decoder_positions):
         if table is not None:
             rows = table.weight.detach()
-            grown = family.grow_positions(rows, plan.offset, length, base.config)
-            resize_positions(table, grown, journal)
+            resized = family.computed_positions(rows, plan.offset, length, base.config)
+            stretched = False
+            if resized is None:
+                resized = RESIZED[config.positions](rows, plan.offset, length)
+                stretched = config.positions == "interpolate"
+            resize_positions(table, resized, journal, stretched)
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
-    model_config: Any = base.config
-    if model_config.max_position_embeddings != length + plan.config_offset:
+    for model_config in plan.configs.values():
         journal.set_attribute(model_config, "max_position_embeddings", length + plan.config_offset)
     for index, module in enumerate(plan.attentions):
         # every layer its own projections; a seed gives the same ones each time
@@ -239,7 +272,7 @@ def _hook_edges(
     base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
 ) -> None:
     """Hook what happens where the layers begin and where they end."""
-    hook = {"stack": _hook_stack, "encoder": _hook_encoder}[family.edge]
+    hook = _hook_encoder if family.embeds_in_stack else _hook_stack
     hook(base, family, plan, config, journal)
 
 
@@ -345,7 +378,8 @@ def _hook_encoder(
         mask = Argument.of(of_module, *compat.MASK_NAMES)
         handed_on = Argument.of(of_module, carrier.layer_argument)
         give = encoder.GiveLayout(config, carrier, handed_on, mask)
-        journal.add_hook(module.register_forward_pre_hook(give, with_kwargs=True))
+        own = journals_of(module)[0]
+        own.add_hook(module.register_forward_pre_hook(give, with_kwargs=True))
     # before other hooks on the outputs, which then see what the unpatched model gives
     leave = encoder.LeaveEncoder(config, carrier, carried, attentions, len(plan.attentions))
     journal.add_hook(plan.stack.register_forward_hook(leave, with_kwargs=True, prepend=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ class Plan:
     ``first_token_rest`` (width,) is what an input's first token has besides its word and position;
     ``num_layers`` counts the layers that run, which may share one of ``attentions``; ``offset`` is
     the number of rows before that of position 0 in the table ``positions`` (None: there is no
-    table), of which ``config.max_position_embeddings`` counts ``config_offset``; ``rotary`` is None
-    where the table's rows are added to words; ``global_positions`` are those of the global tokens;
-    ``global_rows`` (num_global_tokens, width), or None for none.
+    table), of which ``max_position_embeddings`` of the model's ``configs`` counts ``config_offset``;
+    ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
+    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none.
     """
 
     attentions: list[nn.Module]
@@ -41,14 +42,17 @@ class Plan:
     first_token_rest: Tensor | None
     offset: int
     config_offset: int
+    configs: dict[str, Any]
     num_layers: int
     decoder: nn.Module | None = None
     decoder_positions: nn.Embedding | None = None
     global_rows: Tensor | None = None
 
 
-def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any) -> Plan:
-    """Find what is to be changed in ``base``.
+def make_plan(
+    model: nn.Module, base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
+) -> Plan:
+    """Find what is to be changed in ``base``, which is ``model`` or inside of it.
 
     Raises:
         ValueError: the model is of a kind that cannot be patched, or a token id is not to be found.
@@ -56,7 +60,7 @@ def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
     """
     _check_kind(base)
     try:
-        plan = _locate(base, family, config)
+        plan = _locate(model, base, family, config)
     except AttributeError as error:
         raise TypeError(
             f"{type(base).__name__} is not built like a {family.name} model: {error}"
@@ -64,7 +68,7 @@ def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
     if not plan.attentions:
         raise ValueError(f"{type(base).__name__} has no layers: there is nothing to patch")
     _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
-    _check_positions(base, plan, config)
+    _check_positions(plan, config)
     _warn_of_unseen_tokens(plan, family, config)
     if config.num_global_tokens:
         plan.global_rows = _global_rows(base, family, plan, config, tokenizer)
@@ -85,7 +89,7 @@ def _check_kind(base: nn.Module) -> None:
         )
 
 
-def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
+def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig) -> Plan:
     embeddings = base.get_submodule(family.embeddings)
 
     def table(name: str) -> nn.Embedding:
@@ -124,6 +128,7 @@ def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
         first_token_rest=torch.stack(known).sum(0) if known else None,
         offset=offset,
         config_offset=offset if family.config_counts_offset else 0,
+        configs=configs_around(model, base),
         num_layers=getattr(base.config, "num_hidden_layers", len(attentions)),
         decoder=base.get_submodule(family.decoder) if family.decoder else None,
         decoder_positions=_table(base, family.decoder_positions)
@@ -164,19 +169,34 @@ def _check_forwards(modules: Iterable[nn.Module]) -> None:
             )
 
 
-def _check_positions(base: nn.Module, plan: Plan, config: LSGConfig) -> None:
-    model_config: Any = base.config
+def configs_around(model: nn.Module, base: nn.Module) -> dict[str, Any]:
+    """The configs that state the length of ``base``, by their paths: its own, and those of the
+    modules around it in ``model`` that are of its kind. Mostly they are one and the same object.
+    """
+    path = next(name for name, module in model.named_modules() if module is base)
+    found: dict[str, Any] = {}
+    for name in ("", *accumulate(path.split("."), "{}.{}".format)):
+        config = getattr(model.get_submodule(name), "config", None)
+        known = any(config is other for other in found.values())
+        if type(config) is type(base.config) and not known:
+            found[f"model.{name}.config" if name else "model.config"] = config
+    return found
+
+
+def _check_positions(plan: Plan, config: LSGConfig) -> None:
     if plan.positions is None:
         return  # no table, no end
     rows = plan.positions.num_embeddings - plan.offset + plan.config_offset
     target = config.max_position_embeddings + plan.config_offset
-    stated = model_config.max_position_embeddings
-    if stated not in (rows, target):
-        raise ValueError(
-            f"config.max_position_embeddings is {stated}, but the model has a table of {rows}. If the "
-            "config object is shared with another patched model, give this one its own "
-            "(model.config = copy.deepcopy(model.config)); else set it to the table's"
-        )
+    for name, model_config in plan.configs.items():
+        stated = model_config.max_position_embeddings
+        if stated != rows:
+            raise ValueError(
+                f"{name}.max_position_embeddings is {stated}, but the model has a table of {rows}. If "
+                "another patched model shares this config object, unpatch that one, give this one its "
+                "own (model = copy.deepcopy(model)) and patch them anew; else set the number to the "
+                "table's"
+            )
     if target < rows:
         logger.warning(
             "max_position_embeddings=%d shortens the model's %d positions",

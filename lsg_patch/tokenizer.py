@@ -28,24 +28,28 @@ def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, 
         loaded, why = _tokenizer_of(config)
         sources.append(loaded)
         found = [_first_id(sources, names) for _, names in wanted]
-    for (kind, names), value in zip(wanted, found, strict=True):
-        if value is None:
-            lacks = f"the model's config{why} has no"
-            if tokenizer is not None:
-                lacks = "neither the tokenizer nor the model's config has"
-            raise ValueError(
-                f"no {kind} token id for the global tokens: {lacks} {' or '.join(names)}. "
-                "Pass tokenizer= (the model's tokenizer), or set the id on model.config, or use "
-                "num_global_tokens=0"
-            )
-        if not 0 <= value < config.vocab_size:
-            raise ValueError(
-                f"the {kind} token id {value} is outside the model's vocabulary of "
-                f"{config.vocab_size}: pass the model's own tokenizer as tokenizer="
-            )
-    bos = found[0]
-    assert bos is not None
-    return bos, found[1] if needs_mask else None
+    lacks = f"the model's config{why} has no"
+    if tokenizer is not None:
+        lacks = "neither the tokenizer nor the model's config has"
+    bos, *mask = [
+        _checked(value, kind, f"{lacks} {' or '.join(names)}", config.vocab_size)
+        for (kind, names), value in zip(wanted, found, strict=True)
+    ]
+    return bos, mask[0] if mask else None
+
+
+def _checked(value: int | None, kind: str, lacks: str, num_words: int) -> int:
+    if value is None:
+        raise ValueError(
+            f"no {kind} token id for the global tokens: {lacks}. Pass tokenizer= (the model's "
+            "tokenizer), or set the id on model.config, or use num_global_tokens=0"
+        )
+    if not 0 <= value < num_words:
+        raise ValueError(
+            f"the {kind} token id {value} is outside the model's vocabulary of {num_words}: pass the "
+            "model's own tokenizer as tokenizer="
+        )
+    return value
 
 
 def _first_id(sources: list[Any], names: tuple[str, ...]) -> int | None:

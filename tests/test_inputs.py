@@ -67,6 +67,27 @@ def test_more_tokens_than_positions() -> None:
         run(patched_model(), ids_like(right_padded(101), "bert"), None)
 
 
+def test_given_positions_stand_for_any_length() -> None:
+    model, mask = patched_model(), right_padded(150)
+    ids, positions = ids_like(mask, "bert"), torch.arange(150)[None]
+    given = {"token_type_ids": torch.zeros_like(ids)}  # 4.x has no more of them than positions
+    long = run(model, ids, None, position_ids=positions % 100, **given)["last_hidden_state"]
+    assert long.shape == (1, 150, 32)
+    with pytest.raises(IndexError):  # no position is made up
+        run(model, ids, None, position_ids=positions, **given)
+
+
+@pytest.mark.parametrize(("length", "rows"), [(16, 2 + 15), (17, 2 + 24), (40, 2 + 40)])
+def test_hooks_inside_the_stack_see_its_rows(length: int, rows: int) -> None:
+    """Two global tokens, the first of which stands in the first token's place in short inputs."""
+    model, seen = patched_model(num_global_tokens=2), []
+    layer = model.encoder.layer[0].attention.self.query
+    layer.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    model.register_forward_hook(lambda module, args, output: seen.append(tuple(output[0].shape)))
+    run(model, ids_like(right_padded(length), "bert"), None)
+    assert seen == [(1, rows, 32), (1, length, 32)]
+
+
 @pytest.mark.parametrize("bad", [VOCABULARY, -1])
 def test_ids_out_of_range_fail_as_they_do_unpatched(bad: int) -> None:
     with pytest.raises(IndexError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import io
 import pickle
 import threading
@@ -285,17 +287,75 @@ def test_two_models_side_by_side() -> None:
     assert not lsg_patch.is_patched(plain)
 
 
-def test_models_that_share_a_config_revert_in_any_order() -> None:
+def test_of_models_that_share_a_config_one_is_patched_at_a_time() -> None:
+    """Else it would state a wrong length for the one as soon as the other is reverted."""
     config = tiny_config("bert")
-    first, second = (transformers.BertModel(config) for _ in range(2))
+    first, second = (transformers.BertForMaskedLM(config) for _ in range(2))
+    lsg_patch.patch_model(first, **SETTINGS)
+    before = fingerprint(second)
+    for length in (200, 300):
+        with pytest.raises(ValueError, match=r"^model.config.max_.* another patched model shares"):
+            lsg_patch.patch_model(second, **{**SETTINGS, "max_position_embeddings": length})
+    assert fingerprint(second) == before
+    # as the message says
+    lsg_patch.unpatch_model(first)
+    second = copy.deepcopy(second)
     lsg_patch.patch_model(first, **SETTINGS)
     lsg_patch.patch_model(second, **SETTINGS)
     lsg_patch.unpatch_model(first)
+    assert first.config.max_position_embeddings == POSITIONS
+    assert second.config.max_position_embeddings == 200
     lsg_patch.unpatch_model(second)
-    assert config.max_position_embeddings == POSITIONS
-    lsg_patch.patch_model(first, **SETTINGS)
-    with pytest.raises(ValueError, match="shared with another patched model"):
-        lsg_patch.patch_model(second, **{**SETTINGS, "max_position_embeddings": 300})
+    assert second.config.max_position_embeddings == POSITIONS
+
+
+@pytest.mark.parametrize("replaced", ["model", "base", "both"])
+def test_a_config_replaced_while_patched_states_the_length_after_the_revert(
+    replaced: str, tmp_path: Any
+) -> None:
+    model = lsg_patch.patch_model(tiny_model("bert", transformers.BertForMaskedLM), **SETTINGS)
+    first, stored = model.config, values(tiny_model("bert", transformers.BertForMaskedLM))
+    for owner in {"model": [model], "base": [model.bert], "both": [model, model.bert]}[replaced]:
+        owner.config = copy.deepcopy(first)
+    lsg_patch.unpatch_model(model)
+    for config in (first, model.config, model.bert.config, model.bert.encoder.config):
+        assert config.max_position_embeddings == POSITIONS
+    model.save_pretrained(tmp_path)
+    loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path)
+    assert_bitwise(values(loaded), stored)
+
+
+def test_a_config_replaced_before_states_the_length_while_patched(tmp_path: Any) -> None:
+    """What is saved is the outer one; the patch finds the table's length by the inner one."""
+    model = tiny_model("bert", transformers.BertForMaskedLM)
+    model.config = copy.deepcopy(model.config)
+    lsg_patch.patch_model(model, **SETTINGS)
+    assert model.config.max_position_embeddings == model.bert.config.max_position_embeddings == 200
+    model.save_pretrained(tmp_path)
+    transformers.BertForMaskedLM.from_pretrained(tmp_path)
+    clone = copy.deepcopy(model)
+    for each in (clone, model):
+        lsg_patch.unpatch_model(each)
+        assert each.config is not each.bert.config
+        assert each.config.max_position_embeddings == POSITIONS
+        assert each.bert.config.max_position_embeddings == POSITIONS
+
+
+def test_a_config_of_another_kind_around_the_model_is_left_alone() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = transformers.RobertaConfig(max_position_embeddings=7)
+            self.reader = nn.ModuleDict({"text": tiny_model("bert")})
+
+    model = Reader()
+    lsg_patch.unpatch_model(lsg_patch.patch_model(model, **SETTINGS))
+    assert model.config.max_position_embeddings == 7
+    model.reader.text.config.max_position_embeddings = 77
+    with pytest.raises(
+        ValueError, match=r"^model.reader.text.config.max_position_embeddings is 77"
+    ):
+        lsg_patch.patch_model(model, **SETTINGS)
 
 
 def test_patched_in_inference_mode_a_model_trains_all_the_same() -> None:
@@ -316,6 +376,39 @@ def test_a_revert_that_fails_in_one_place_reverts_the_rest() -> None:
     with pytest.raises(AttributeError):
         lsg_patch.unpatch_model(model)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("sparsity_type", ["norm", "lsh"])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_layers_copied_while_patched_are_reverted(sparsity_type: str, again: Any) -> None:
+    model, mask = tiny_model("bert"), right_padded(20, 11)
+    ids, layers = ids_like(mask, "bert"), model.encoder.layer
+    model.config.num_hidden_layers = 4  # what 4.x counts by
+    model.encoder.layer = nn.ModuleList([*layers, *copy.deepcopy(layers)])
+    expected, before = run(model, ids, mask), fingerprint(model.encoder.layer[:2])
+    model.encoder.layer = layers
+    lsg_patch.patch_model(model, sparsity_type=sparsity_type, **SETTINGS)
+    kept = again(layers[1])
+    layers.append(again(layers[0]))
+    long_run(model, "bert")
+    lsg_patch.unpatch_model(model)
+    # one that was copied while patched, and comes back later
+    layers.append(kept)
+    assert not lsg_patch.is_patched(model) and isinstance(kept.attention.self, LSGSelfAttention)
+    assert lsg_patch.unpatch_model(model) is model
+    assert _without_ids(fingerprint(layers[2:])) == _without_ids(before)
+    assert_bitwise(run(model, ids, mask), expected)
+    with pytest.raises(ValueError, match="is not patched"):
+        lsg_patch.unpatch_model(model)
+
+
+def _without_ids(found: dict[str, Any]) -> dict[str, Any]:
+    """Of a fingerprint what a copy has in common with the original."""
+    return {
+        name: value[1:] if name.endswith("parameter") else value
+        for name, value in found.items()
+        if not name.endswith(" id")
+    }
 
 
 def test_threads_share_a_patched_model() -> None:
@@ -410,8 +503,9 @@ class TestRefusals:
             ({"block_size": 0}, "block_size must be a whole number of at least 1"),
             (
                 {"block_size": 10, "sparsity_factor": 4},
-                "block_size=10 must be a multiple of sparsity_factor=4",
+                "block_size=10 must be a multiple of sparsity_factor=4: pass block_size=12, or",
             ),
+            ({"block_size": 33}, "pass block_size=34, or a factor that divides it, such as 1"),
             ({"sparse_block_size": 9}, "sparse_block_size=9 must be a multiple"),
             ({"sparse_block_size": -2}, "sparse_block_size must be a whole number of at least 0"),
             ({"sparsity_factor": -2}, "sparsity_factor must be"),
@@ -441,6 +535,23 @@ class TestRefusals:
     def test_a_config_and_settings_together(self) -> None:
         with pytest.raises(TypeError, match="sparsity_type, num_global_tokens"):
             lsg_patch.patch_model(tiny_model("bert"), LSGConfig(), "pooling", num_global_tokens=2)
+        # a default that was asked for contradicts another setting as well
+        config = LSGConfig(**SETTINGS, sparsity_type="lsh")
+        with (
+            pytest.raises(TypeError, match="and sparsity_type as well"),
+            lsg_patch.patched(tiny_model("bert"), config, sparsity_type="norm"),
+        ):
+            pass
+        model = lsg_patch.patch_model(tiny_model("bert"), config, tokenizer=tokenizer_like())
+        assert lsg_patch.get_config(model).sparsity_type == "lsh"
+
+    def test_the_signature_shows_the_defaults(self) -> None:
+        parameters = inspect.signature(lsg_patch.patch_model).parameters
+        defaults = dataclasses.asdict(LSGConfig())
+        assert {name: parameters[name].default for name in defaults} == defaults
+        assert parameters.keys() - defaults == {"model", "tokenizer"}
+        with pytest.raises(TypeError, match="unexpected keyword argument 'blocks'"):
+            lsg_patch.patch_model(tiny_model("bert"), blocks=8)  # type: ignore[call-arg]
 
     def test_unknown_models(self) -> None:
         with pytest.raises(TypeError, match=r"GPT2Model holds no model of a family .*bert"):

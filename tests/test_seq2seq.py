@@ -165,6 +165,19 @@ class TestReversal:
             assert_bitwise(values(clone), stored)
 
 
+def test_a_layer_copied_while_patched_is_reverted() -> None:
+    model, mask = tiny_model("bart"), right_padded(20, 11)
+    ids, layers = ids_like(mask), model.encoder.layers
+    layers.append(copy.deepcopy(layers[0]))
+    expected = run(model, ids, mask)
+    del layers[2]
+    lsg_patch.patch_model(model, **SMALL)
+    layers.append(copy.deepcopy(layers[0]))
+    lsg_patch.unpatch_model(model)
+    assert not layers[2].self_attn._forward_pre_hooks
+    assert_bitwise(run(model, ids, mask), expected)
+
+
 def test_a_replica_uses_its_own_parameters() -> None:
     """What DataParallel does with a module: shallow copies that share hooks, with other tensors."""
     model = lsg_patch.patch_model(tiny_model("bart"), **SMALL)

@@ -50,10 +50,11 @@ class Geometry:
         if not self.has_sparse:
             return
         for name in ("block_size", "sparse_block_size"):
-            if getattr(self, name) % self.sparsity_factor:
+            value, factor = getattr(self, name), self.sparsity_factor
+            if value % factor:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must be a multiple of "
-                    f"sparsity_factor={self.sparsity_factor}"
+                    f"{name}={value} must be a multiple of sparsity_factor={factor}: pass "
+                    f"{name}={-(-value // factor) * factor}, or a factor that divides it, such as 1"
                 )
 
     @property

@@ -33,8 +33,8 @@ def projected(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
 BART = Family(
     "bart",
     ("BartModel",),
-    edge="encoder",
     attentions="encoder.layers.*.self_attn",
+    stack="encoder",
     embeddings="encoder",
     global_path=(),
     words="embed_tokens",
@@ -55,7 +55,7 @@ PEGASUS = replace(
     name="pegasus",
     base_classes=("PegasusModel",),
     position_offset=no_offset,
-    grow_positions=sinusoids,
+    computed_positions=sinusoids,
 )
 
 FAMILIES = (BART, MBART, PEGASUS)

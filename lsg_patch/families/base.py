@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,9 @@ def unscaled(embeddings: Any, ids: Tensor | None, mask: Tensor | None) -> Tensor
     return 1.0
 
 
-def tiled(rows: Tensor, offset: int, length: int, config: Any = None) -> Tensor:
-    """``rows`` (offset + n, width) as (offset + length, width): the first kept, the n repeated.
-
-    Source: the reference's conversion, with all rows for every length.
-    """
-    head, body = rows[:offset], rows[offset:]
-    copies = -(-length // len(body))
-    return torch.cat([head, body.repeat(copies, 1)[:length]])
+def learned(rows: Tensor, offset: int, length: int, config: Any) -> Tensor | None:
+    """No formula gives the position table."""
+    return None
 
 
 def continued(rows: Tensor, computed: Tensor) -> Tensor:
@@ -108,11 +103,10 @@ class Family:
         name: as in the error messages and tables.
         base_classes: class names of the base models (also of what they are derived from).
         attentions: the self-attention modules, ``*`` for the index of a layer.
-        edge: how global tokens get in and out: "stack" where embeddings are made outside of the
-            module that runs the layers, "encoder" where that module makes them itself.
         stack: the module that runs the layers; what goes in and out of it is changed there.
         embeddings: its output is what the global tokens are prepended to, and it holds them, so
-            that they stand in the state dict where the reference has them.
+            that they stand in the state dict where the reference has them. Where the stack embeds
+            its input itself (BART's encoder), it is the ``stack``.
         global_path: modules below ``embeddings`` that a global token passes, as a word does; one
             that is None in a model is left out.
         words, positions, token_types: the embedding tables below ``embeddings``; None where there
@@ -125,8 +119,9 @@ class Family:
             and token type, (width,), or None: ``first_token_extra(embeddings, config)``.
         position_offset: rows of the position table before that of position 0.
         config_counts_offset: whether ``config.max_position_embeddings`` counts these rows too.
-        grow_positions: the position table of another length, (offset + length, width):
-            ``grow_positions(rows, offset, length, config)`` of the old ``rows`` (offset + n, width).
+        computed_positions: the position table of another length, (offset + length, width), where a
+            formula gives it, else None: ``computed_positions(rows, offset, length, config)`` of the
+            old ``rows`` (offset + n, width), with which it begins.
         position_buffers: buffers of ``embeddings`` as long as the position table.
         decoder: the module that reads what the encoder gives; its attention stays as it is.
         decoder_positions: its position table, below the base model. It grows as well: heads for
@@ -142,7 +137,6 @@ class Family:
     name: str
     base_classes: tuple[str, ...]
     attentions: str = "encoder.layer.*.attention.self"
-    edge: Literal["stack", "encoder"] = "stack"
     stack: str = "encoder"
     embeddings: str = "embeddings"
     global_path: tuple[str, ...] = ("LayerNorm", "dropout")
@@ -154,13 +148,18 @@ class Family:
     first_token_extra: Callable[[Any, Any], Tensor | None] = nothing_more
     position_offset: Callable[[nn.Module], int] = no_offset
     config_counts_offset: bool = True
-    grow_positions: Callable[[Tensor, int, int, Any], Tensor] = tiled
+    computed_positions: Callable[[Tensor, int, int, Any], Tensor | None] = learned
     position_buffers: tuple[str, ...] = ("position_ids", "token_type_ids")
     begins_with_cls: bool = True
     names: AttentionNames = AttentionNames()
     output: Callable[[Any, Tensor, Tensor], Tensor] = context_alone
     decoder: str | None = None
     decoder_positions: str | None = None
+
+    @property
+    def embeds_in_stack(self) -> bool:
+        """Whether the module that runs the layers also makes the embeddings of its input."""
+        return self.embeddings == self.stack
 
 
 def find_modules(root: nn.Module, path: str) -> list[nn.Module]:

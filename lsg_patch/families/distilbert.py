@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsg_patch.families.base import AttentionNames, Family, continued, tiled
+from lsg_patch.families.base import AttentionNames, Family, continued
 
 
 def projected(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
@@ -16,13 +16,13 @@ def projected(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
     return output
 
 
-def tiled_or_interleaved_sinusoids(rows: Tensor, offset: int, length: int, config: Any) -> Tensor:
-    """A learned table is tiled; one of sinusoids goes on: sines in even columns, cosines in odd ones.
+def interleaved_sinusoids(rows: Tensor, offset: int, length: int, config: Any) -> Tensor | None:
+    """Where the table is not learned: sines in even columns, cosines in odd ones.
 
     Source: Vaswani et al., Attention Is All You Need, section 3.5.
     """
     if not config.sinusoidal_pos_embds:
-        return tiled(rows, offset, length)
+        return None
     width = rows.shape[1]
     column = torch.arange(width, dtype=torch.float64)
     wavelength = 10000.0 ** (2 * (column // 2) / width)
@@ -36,7 +36,7 @@ DISTILBERT = Family(
     attentions="transformer.layer.*.attention",
     stack="transformer",
     token_types=None,
-    grow_positions=tiled_or_interleaved_sinusoids,
+    computed_positions=interleaved_sinusoids,
     names=AttentionNames(query="q_lin", key="k_lin", value="v_lin", heads="n_heads"),
     output=projected,
 )

@@ -96,7 +96,7 @@ def register_family(family: Family) -> Family:
 
 _PATHS = ("attentions", "stack", "embeddings", "words", "positions", "token_types")
 _LISTS = ("base_classes", "global_path", "position_buffers")
-_FUNCTIONS = ("position_offset", "first_token_extra", "word_scale", "grow_positions", "output")
+_FUNCTIONS = ("position_offset", "first_token_extra", "word_scale", "computed_positions", "output")
 
 
 def _check(family: Family) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsg_patch.families.base import Family, Rotary, after_padding_row
 from lsg_patch.families.bart import sinusoids
+from lsg_patch.families.base import Family, Rotary, after_padding_row
 
 # the share of masked tokens that every ESM model was trained with
 MASKED_IN_TRAINING = 0.15 * 0.8
@@ -65,7 +65,7 @@ ROFORMER = Family(
     "roformer",
     ("RoFormerModel",),
     positions=None,
-    grow_positions=sinusoids,
+    computed_positions=sinusoids,
     rotary=Rotary(
         by_table, interleaved=True, turns_values=turns_values, table="encoder.embed_positions"
     ),

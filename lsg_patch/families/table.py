@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from lsg_patch.families.base import Family, tiled
+from lsg_patch.families.base import Family, learned
 from lsg_patch.families.registry import FAMILIES
 
 
@@ -34,7 +34,7 @@ def rows() -> list[Row]:
 def _positions(family: Family) -> str:
     kinds = ["learned"] * (family.positions is not None)
     kinds += ["rotary"] * (family.rotary is not None)
-    kinds += ["computed"] * (family.rotary is None and family.grow_positions is not tiled)
+    kinds += ["computed"] * (family.rotary is None and family.computed_positions is not learned)
     return " or ".join(kinds)
 
 

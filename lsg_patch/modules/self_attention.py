@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from lsg_patch.undo import Journal
 class AttentionState:
     """What a swapped module knows besides what it was: the settings, its family, its arguments.
 
-    ``outputs`` is how many values it returns; ``rounds`` the number of its projections for lsh.
+    ``outputs`` is how many values it returns; ``rounds`` the number of its projections for lsh;
+    ``journal`` has all that was changed of it, so that a copy of it alone can be reverted too.
     """
 
     config: LSGConfig
@@ -33,6 +34,7 @@ class AttentionState:
     outputs: int
     rounds: int
     rotary: Rotary | None
+    journal: Journal = field(repr=False, compare=False)
 
 
 class LSGSelfAttention(nn.Module):
@@ -114,6 +116,8 @@ def swap_attention(
     module: nn.Module, config: LSGConfig, family: Family, seed: int, journal: Journal
 ) -> None:
     """Make ``module`` attend by LSG."""
+    own = Journal()
+    journal.record(own)
     names = family.names
     shapes: list[tuple[int, int, int]] = []
     if config.sparsity_type == "lsh":
@@ -123,16 +127,21 @@ def swap_attention(
     like = next(module.parameters())
     for i, projection in enumerate(draw_projections(shapes, seed)):
         # buffers, so that they move with the module and reach its replicas
-        journal.add_buffer(module, _projection_name(i), projection.to(like))
+        own.add_buffer(module, _projection_name(i), projection.to(like))
     parameters = compat.forward_parameters(module)
     hidden = Argument.of(parameters, parameters[0])
     mask = Argument.of(parameters, *compat.MASK_NAMES)
     outputs = compat.attention_outputs(module)
     state = AttentionState(
-        config, names, family.output, hidden, mask, outputs, len(shapes), family.rotary
+        config, names, family.output, hidden, mask, outputs, len(shapes), family.rotary, own
     )
-    journal.set_attribute(module, "lsg", state)
-    journal.set_class(module, lsg_class(type(module)))
+    own.set_attribute(module, "lsg", state)
+    own.set_class(module, lsg_class(type(module)))
+
+
+def journals_of(root: nn.Module) -> list[Journal]:
+    """The records of all swapped modules below ``root``, and of itself."""
+    return [m.lsg.journal for m in root.modules() if isinstance(m, LSGSelfAttention)]
 
 
 def _projection_name(index: int) -> str:

@@ -39,7 +39,9 @@ ESM_1B: dict[str, Any] = {
 }
 ESM_2: dict[str, Any] = {"token_dropout": True, "emb_layer_norm_before": False}
 KINDS = pytest.mark.parametrize("kind", [ESM_1B, ESM_2], ids=["ESM-1b", "ESM-2"])
-MASKS = pytest.mark.parametrize("mask", [right_padded(32, 9), LEFT, None], ids=["right", "left", ""])
+MASKS = pytest.mark.parametrize(
+    "mask", [right_padded(32, 9), LEFT, None], ids=["right", "left", ""]
+)
 
 
 def ids_of(mask: Tensor | None, masked: bool = True) -> Tensor:

@@ -124,7 +124,7 @@ def test_the_layers_turn_by_the_models_own_rule() -> None:
     from lsg_patch.attention.rotary import rotate
 
     attention = attentions(tiny_model("roformer"), "roformer")[0]
-    own: Any = getattr(modeling_module("roformer"), "RoFormerSelfAttention")
+    own: Any = modeling_module("roformer").RoFormerSelfAttention
     query, key = torch.randn(2, 2, 4, 10, 8).unbind()
     angle = torch.randn(10, 4)
     sines = torch.cat([angle.sin(), angle.cos()], -1)[None, None]

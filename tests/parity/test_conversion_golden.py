@@ -7,8 +7,8 @@ import torch
 
 import lsg_patch
 from lsg_patch.families import find_base
-from lsg_patch.families.base import tiled
 from lsg_patch.modules.global_embeddings import initial_rows
+from lsg_patch.modules.position_table import tiled
 from tests import golden
 from tests.tokenizers import tokenizer_like
 
