@@ -62,9 +62,7 @@ def check_turned_attention(
             for name in ("query", "key", "value")
         )
 
-        def oracle(
-            places: Tensor, q: Tensor = query, k: Tensor = key, v: Tensor = value
-        ) -> Tensor:
+        def oracle(places: Tensor, q: Tensor = query, k: Tensor = key, v: Tensor = value) -> Tensor:
             q, k = (turned(x, places, interleaved) for x in (q, k))
             v = turned(v, places, interleaved) if turns_values else v
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
