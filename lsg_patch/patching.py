@@ -15,7 +15,7 @@ from torch import nn
 
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
-from lsg_patch.families import Family, find_base
+from lsg_patch.families import Family, Rotary, find_base
 from lsg_patch.modules import encoder, stack
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
@@ -281,53 +281,25 @@ def _hook_stack(
 ) -> None:
     of_base = compat.forward_parameters(base)
     of_stack = compat.forward_parameters(plan.stack)
-    ids = Argument.of(of_base, "input_ids")
-    embeds = Argument.of(of_base, "inputs_embeds")
     mask = Argument.of(of_base, *compat.MASK_NAMES)
-    positions = Argument.of(of_base, "position_ids")
     attentions = Argument.of(of_base, "output_attentions")
-    takes_embedded = compat.takes_embeds_as_embedded(base)
     four_dimensions = compat.passes_masks_of_four_dimensions(base)
     enter_model = stack.EnterModel(
         config,
-        ids=ids,
-        embeds=embeds,
+        ids=Argument.of(of_base, "input_ids"),
+        embeds=Argument.of(of_base, "inputs_embeds"),
         mask=mask,
-        positions=positions,
+        positions=Argument.of(of_base, "position_ids"),
         head_mask=Argument.of(of_base, "head_mask"),
         wants_attentions=attentions,
         four_dimensions=four_dimensions,
         needs_head_mask=compat.expands_masks_without_head_mask(base),
-        needs_mask=takes_embedded and not four_dimensions,
+        needs_mask=compat.takes_embeds_as_embedded(base) and not four_dimensions,
     )
     journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
-    if plan.rotary is not None and compat.hands_rotation_to_stack(plan.stack):
-        give = stack.GivePositions(positions, ids, embeds, mask, plan.global_positions)
-        journal.add_hook(base.register_forward_pre_hook(give, with_kwargs=True))
-    if plan.rotary is not None and plan.rotary.table is not None and plan.positions is not None:
-        # the stack reads it for its rows from 0 on; the layers have the rotation with their layout
-        unread = encoder.FirstPosition(compat.PositionInput.of(plan.positions))
-        journal.add_hook(plan.positions.register_forward_pre_hook(unread))
-    of_embeddings = compat.forward_parameters(plan.embeddings)
-    embeddings_mask = Argument.of(of_embeddings, *compat.MASK_NAMES)
-    if embeddings_mask.position is not None:
-        compact = stack.CompactMask(embeddings_mask)
-        journal.add_hook(plan.embeddings.register_forward_pre_hook(compact, with_kwargs=True))
-    if plan.global_rows is not None:
-        prepend = stack.PrependGlobals(
-            family.global_path,
-            Argument.of(of_embeddings, "input_ids"),
-            embeddings_mask,
-            family.word_scale,
-            positions=family.positions if plan.rotary is None else None,
-            places=tuple(plan.offset + position for position in plan.global_positions),
-        )
-        # before other hooks, which then see what goes on from here
-        handle = plan.embeddings.register_forward_hook(prepend, with_kwargs=True, prepend=True)
-        journal.add_hook(handle)
-        if takes_embedded:
-            to_given = stack.PrependToGiven(prepend, family.embeddings, embeds)
-            journal.add_hook(base.register_forward_pre_hook(to_given, with_kwargs=True))
+    if plan.rotary is not None:
+        _hook_positions(base, plan, plan.rotary, journal)
+    _hook_embeddings(base, family, plan, journal)
     stack_mask = Argument.of(of_stack, *compat.MASK_NAMES)
     enter_stack = stack.EnterStack(
         config,
@@ -345,6 +317,49 @@ def _hook_stack(
     if not collects:
         after_model = stack.LeaveModel(config, mask, attentions, plan.num_layers)
         journal.add_hook(base.register_forward_hook(after_model, with_kwargs=True, prepend=True))
+
+
+def _hook_positions(base: nn.Module, plan: Plan, rotary: Rotary, journal: Journal) -> None:
+    """Rotary positions of the stack's rows, where the model itself would count them."""
+    if compat.hands_rotation_to_stack(plan.stack):
+        of_base = compat.forward_parameters(base)
+        give = stack.GivePositions(
+            Argument.of(of_base, "position_ids"),
+            Argument.of(of_base, "input_ids"),
+            Argument.of(of_base, "inputs_embeds"),
+            Argument.of(of_base, *compat.MASK_NAMES),
+            plan.global_positions,
+        )
+        journal.add_hook(base.register_forward_pre_hook(give, with_kwargs=True))
+    if rotary.table is not None and plan.positions is not None:
+        # the stack would read as many rows as it has; its layers get theirs with the layout
+        one = encoder.FirstPosition(compat.PositionInput.of(plan.positions))
+        journal.add_hook(plan.positions.register_forward_pre_hook(one))
+
+
+def _hook_embeddings(base: nn.Module, family: Family, plan: Plan, journal: Journal) -> None:
+    """Global tokens in front of embedded ones, wherever these come from."""
+    parameters = compat.forward_parameters(plan.embeddings)
+    mask = Argument.of(parameters, *compat.MASK_NAMES)
+    if mask.position is not None:
+        compact = stack.CompactMask(mask)
+        journal.add_hook(plan.embeddings.register_forward_pre_hook(compact, with_kwargs=True))
+    if plan.global_rows is None:
+        return
+    prepend = stack.PrependGlobals(
+        family.global_path,
+        Argument.of(parameters, "input_ids"),
+        mask,
+        family.word_scale,
+        positions=family.positions if plan.rotary is None else None,
+        places=tuple(plan.offset + position for position in plan.global_positions),
+    )
+    handle = plan.embeddings.register_forward_hook(prepend, with_kwargs=True, prepend=True)
+    journal.add_hook(handle)
+    if compat.takes_embeds_as_embedded(base):
+        embeds = Argument.of(compat.forward_parameters(base), "inputs_embeds")
+        to_given = stack.PrependToGiven(prepend, family.embeddings, embeds)
+        journal.add_hook(base.register_forward_pre_hook(to_given, with_kwargs=True))
 
 
 def _hook_encoder(
@@ -365,7 +380,8 @@ def _hook_encoder(
     )
     carrier = compat.MaskCarrier.of(plan.stack, len(plan.attentions))
     carried = Argument.of(parameters, carrier.argument)
-    assert plan.positions is not None, "an encoder that embeds its input has a table of positions"
+    # an encoder that embeds its input has a table of positions
+    assert plan.positions is not None and family.positions is not None
     takes = compat.PositionInput.of(plan.positions)
     enter = encoder.EnterEncoder(
         config, check, carrier, carried, family.words, family.positions, takes

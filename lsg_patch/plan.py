@@ -222,17 +222,19 @@ def _global_rows(
     by_mask_token = not config.random_global_init
     needs_mask = by_mask_token and config.num_global_tokens > 1
     bos_id, mask_id = find_token_ids(base.config, tokenizer, needs_mask)
-    added = plan.positions is not None and plan.rotary is None
-    usual_scale = family.word_scale(plan.embeddings, None, None)
+    added = None
+    if plan.positions is not None and plan.rotary is None:
+        added = plan.positions.weight.detach()[plan.offset :]
+    scale = compat.word_scale(plan.embeddings, plan.words)
     return initial_rows(
         plan.words.weight.detach(),
-        plan.positions.weight.detach()[plan.offset :] if added else None,
+        added,
         plan.first_token_rest,
         num_global_tokens=config.num_global_tokens,
         stride=config.global_positional_stride,
         bos_id=bos_id,
         mask_id=mask_id,
-        word_scale=compat.word_scale(plan.embeddings, plan.words) * usual_scale,
+        word_scale=scale * float(family.word_scale(plan.embeddings, None, None)),
         random_init=config.random_global_init,
         seed=config.seed,
     )

@@ -49,7 +49,8 @@ def token_dropout(embeddings: Any, ids: Tensor | None, mask: Tensor | None) -> T
         return 1 - MASKED_IN_TRAINING
     length = ids.shape[1] if mask is None else mask.sum(-1)
     masked = (ids == embeddings.mask_token_id).sum(-1) / length
-    return ((1 - MASKED_IN_TRAINING) / (1 - masked))[:, None, None]
+    scale: Tensor = (1 - MASKED_IN_TRAINING) / (1 - masked)
+    return scale[:, None, None]
 
 
 ESM = Family(

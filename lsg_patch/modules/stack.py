@@ -268,12 +268,11 @@ class PrependGlobals:
         scale = self.word_scale(embeddings, ids, mask)
         if isinstance(scale, Tensor):
             ratio = scale / self.word_scale(embeddings, None, None)
-            if self.positions is None:
-                rows = ratio * rows
-            else:
+            place: Tensor | float = 0.0
+            if self.positions is not None:
                 places = torch.tensor(self.places, device=rows.device)
                 place = getattr(embeddings, self.positions).weight[places]
-                rows = place + ratio * (rows - place)
+            rows = (place + ratio * (rows - place)).to(rows.dtype)
         for name in self.path:
             module = getattr(embeddings, name)
             rows = rows if module is None else module(rows)

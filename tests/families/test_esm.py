@@ -64,7 +64,7 @@ def test_global_tokens_do_not_shift_the_others(mask: Any, num_global_tokens: int
 
 
 # EsmForProteinFolding is none of them: it reads all hidden states of an ESM-2 inside it into a
-# trunk that is cubic in the length, and a patched ESM-2 would make nothing of that shorter
+# trunk that is cubic in the length, which a patch of the ESM-2 leaves as it is
 @pytest.mark.parametrize("cls", model_classes("esm"), ids=lambda cls: cls.__name__)
 @KINDS
 @MASKS
@@ -103,7 +103,7 @@ def test_further_global_tokens_are_scaled_as_the_words_of_their_row(kind: dict[s
     model = tiny_model("esm", **kind)
     lsg_patch.patch_model(model, num_global_tokens=3, global_positional_stride=16, **SETTINGS)
     ids, embeddings = ids_of(None), model.embeddings
-    rows = embeddings(ids)[:, :3]
+    rows = embeddings(ids, torch.ones_like(ids))[:, :3]
     masked = (ids == MASK).float().mean(1)
     scale = (0.88 / (1 - masked))[:, None, None]
     words = embeddings.word_embeddings.weight[torch.tensor([3, MASK, MASK])]
@@ -198,6 +198,16 @@ def test_a_saved_patched_model_is_patched_again(tmp_path: Any, kind: dict[str, A
     torch.testing.assert_close(run(loaded, ids, mask)["last_hidden_state"], expected)
 
 
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masked_tokens_in_half_precision(kind: dict[str, Any], dtype: torch.dtype) -> None:
+    model, mask = tiny_model("esm", **kind).to(dtype), right_padded(32, 9)
+    ids = ids_of(mask)
+    expected = run(model, ids, mask)
+    with lsg_patch.patched(model, **SETTINGS):
+        assert_same(run(model, ids, mask), expected, mask, 0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_knows_far_positions(dtype: torch.dtype) -> None:
     """Angles are computed in float32: in bfloat16 there is no position 257."""
@@ -221,3 +231,15 @@ def test_the_layers_turn_by_the_models_own_rule() -> None:
     expected = query * twice.cos() + half(query) * twice.sin()
     actual = rotate(query, (angle.cos()[None], angle.sin()[None]), interleaved=False)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@KINDS
+def test_compiles_without_a_break(kind: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("esm", **kind)
+    lsg_patch.patch_model(model, **{**SETTINGS, "num_global_tokens": 3})
+    mask = right_padded(150, 90)
+    ids = ids_of(mask)
+    expected = run(model, ids, mask)["last_hidden_state"]
+    actual = run(torch.compile(model, fullgraph=True, backend="eager"), ids, mask)
+    torch.testing.assert_close(actual["last_hidden_state"], expected, rtol=0, atol=1e-5)

@@ -132,3 +132,23 @@ def test_the_layers_turn_by_the_models_own_rule() -> None:
     actual = rotate(query, (angle.cos()[None], angle.sin()[None]), interleaved=True)
     assert isinstance(attention, own)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_global_tokens_do_not_stand_beyond_the_last_position() -> None:
+    """Counted from where the text begins they would, behind much padding."""
+    model = tiny_model("roformer")
+    lsg_patch.patch_model(model, **{**SETTINGS, "num_global_tokens": 40})
+    mask = right_padded(500, 150).flip(1)
+    output = run(model, ids_like(mask, "roformer"), mask)["last_hidden_state"]
+    assert torch.isfinite(output).all()
+
+
+def test_compiles_without_a_break() -> None:
+    torch._dynamo.reset()
+    model = tiny_model("roformer", rotary_value=True)
+    lsg_patch.patch_model(model, **{**SETTINGS, "num_global_tokens": 3})
+    mask = right_padded(150, 90)
+    ids = ids_like(mask, "roformer")
+    expected = run(model, ids, mask)["last_hidden_state"]
+    actual = run(torch.compile(model, fullgraph=True, backend="eager"), ids, mask)
+    torch.testing.assert_close(actual["last_hidden_state"], expected, rtol=0, atol=1e-5)
