@@ -249,6 +249,8 @@ def _hook_stack(
     if plan.global_rows is not None:
         prepend = stack.PrependGlobals(family.global_path)
         journal.add_hook(plan.embeddings.register_forward_hook(prepend, prepend=True))
+    for name in family.methods_left_out:
+        journal.set_attribute(plan.stack, name, stack.leave_out)
     of_base = compat.forward_parameters(base)
     of_stack = compat.forward_parameters(plan.stack)
     mask = Argument.of(of_base, *compat.MASK_NAMES)
@@ -266,7 +268,13 @@ def _hook_stack(
     )
     journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
     stack_mask = Argument.of(of_stack, *compat.MASK_NAMES)
-    enter_stack = stack.EnterStack(config, Argument.of(of_stack, of_stack[0]), stack_mask)
+    enter_stack = stack.EnterStack(
+        config,
+        Argument.of(of_stack, of_stack[0]),
+        stack_mask,
+        family.relative_bias,
+        plan.global_positions,
+    )
     journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
     # before other hooks on the outputs, which then see what the unpatched model gives
     collects = compat.stack_collects_hidden_states(plan.stack)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family, find_modules
-from lsg_patch.modules.global_embeddings import initial_rows
+from lsg_patch.modules.global_embeddings import global_positions, initial_rows
 from lsg_patch.tokenizer import find_token_ids
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,8 @@ class Plan:
     ``num_layers`` counts the layers that run, which may share one of ``attentions``; ``offset`` is
     the number of rows before that of position 0 in the table ``positions``, of which
     ``config.max_position_embeddings`` counts ``config_offset``; ``global_rows``
-    (num_global_tokens, width), or None for none.
+    (num_global_tokens, width), or None for none; ``global_positions`` are those of the global tokens
+    where scores depend on distances.
     """
 
     attentions: list[nn.Module]
@@ -35,6 +36,7 @@ class Plan:
     embeddings: nn.Module
     words: nn.Embedding
     positions: nn.Embedding
+    global_positions: tuple[int, ...]
     first_token_rest: Tensor | None
     offset: int
     config_offset: int
@@ -97,18 +99,27 @@ def _locate(base: nn.Module, family: Family, config: LSGConfig) -> Plan:
             module.get_submodule(name)
         for name in (names.heads, names.dropout):
             getattr(module, name)
+    stack = base.get_submodule(family.stack)
+    for name in family.methods_left_out:
+        getattr(stack, name)
     positions = table(family.positions)
     offset = family.position_offset(positions)
+    taken = global_positions(
+        config.max_position_embeddings,
+        config.global_positional_stride,
+        config.num_global_tokens,
+    )
     token_type = table(family.token_types).weight[0] if family.token_types else None
     with torch.no_grad():
         rest = (token_type, family.first_token_extra(embeddings, base.config))
         known = [row.detach() for row in rest if row is not None]
     return Plan(
         attentions=attentions,
-        stack=base.get_submodule(family.stack),
+        stack=stack,
         embeddings=embeddings,
         words=table(family.words),
         positions=positions,
+        global_positions=tuple(taken.tolist()),
         first_token_rest=torch.stack(known).sum(0) if known else None,
         offset=offset,
         config_offset=offset if family.config_counts_offset else 0,

@@ -62,6 +62,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "subs_pad_id": 8,
         },
     ),
+    "mpnet": ("MPNetConfig", "mpnet", {"pad_token_id": 1}),
     "albert": ("AlbertConfig", "albert", {"embedding_size": 16}),
     "distilbert": (
         "DistilBertConfig",

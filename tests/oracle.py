@@ -55,13 +55,13 @@ def oracle_attention(
     lsh_projections: Sequence[Tensor] | None = None,
     scale: float | None = None,
     bias_by_distance: Tensor | None = None,
-    global_places: Sequence[int] = (),
+    places: Sequence[Sequence[int]] | None = None,
 ) -> OracleResult:
     """What `lsg_attention` has to return; rows that see nothing are zeros here.
 
     `bias_by_distance` (H, 2m + 1) holds, for each head, what the scores of keys m, m - 1, ... tokens
     before the query, of the query itself, and 1, ..., m tokens behind it have besides; for farther
-    keys the first or the last of these. Global token i stands at `global_places[i]`.
+    keys the first or the last of these. Row n of batch row r stands at `places[r][n]`.
     """
     batch, heads, length, head_dim = query.shape
     g = num_global_tokens
@@ -132,13 +132,10 @@ def oracle_attention(
 
             bias = None
             if bias_by_distance is not None:
-                of_tokens = list(range(tokens))
-                front = [0] if is_long and first_token_global else list(global_places)
-                bias = _bias(
-                    bias_by_distance[head],
-                    [*global_places, *of_tokens],
-                    [*front, *sparse.places, *of_tokens],
-                )
+                of_rows = list(range(length)) if places is None else list(places[row])
+                front = of_rows[: 1 if is_long and first_token_global else g]
+                of_sparse = [of_rows[g] + place for place in sparse.places]
+                bias = _bias(bias_by_distance[head], of_rows, [*front, *of_sparse, *of_rows[g:]])
             outputs[row][head] = _attend(
                 query[row, head],
                 torch.cat([front_keys, sparse.keys, keys]),

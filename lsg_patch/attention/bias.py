@@ -20,11 +20,13 @@ class RelativeBias(NamedTuple):
     Attributes:
         table: (H, 2 * m + 1): entry ``m + d`` for a key ``d`` tokens behind its query, before it if
             ``d`` is negative; keys more than ``m`` tokens away have the bias of ``m``.
-        global_positions: (g,), where the global rows stand; the first token stands at 0.
+        positions: (1 or B, N), where the rows stand, the global ones first; None, without global
+            rows: one after the other. Beyond two blocks the tokens of a row are taken to stand one
+            after the other from its first one on; what is said of the others is not read.
     """
 
     table: Tensor
-    global_positions: Tensor
+    positions: Tensor | None = None
 
     @property
     def reach(self) -> int:
@@ -32,21 +34,29 @@ class RelativeBias(NamedTuple):
         return self.table.shape[1] // 2
 
     def between(self, query: Tensor, key: Tensor) -> Tensor:
-        """(1 or B, H, n, m) for queries at (n,) and keys at (1 or B, 1 or H, m)."""
-        distance = key.unsqueeze(-2) - query[:, None]
+        """(1 or B, H, n, m) for queries at (1 or B, n) and keys at (1 or B, 1 or H, m)."""
+        distance = key.unsqueeze(-2) - query[:, None, :, None]
         return _of_each_head(self.table, distance.clamp(-self.reach, self.reach) + self.reach)
 
-    def of_rows(self, length: int, queries: slice, keys: slice) -> Tensor:
-        """(1, H, n, m) for some of the rows [global rows | ``length`` tokens] and some of them."""
-        token = torch.arange(length, device=self.table.device)
-        place = torch.cat([self.global_positions, token])
-        return self.between(place[queries], place[None, None, keys])
+    def of_rows(self, rows: int, queries: slice, keys: slice) -> Tensor:
+        """(1 or B, H, n, m) for some of all ``rows`` and some of them."""
+        places = self.positions
+        if places is None:
+            places = torch.arange(rows, device=self.table.device)[None]
+        return self.between(places[:, queries], places[:, None, keys])
+
+    def of_globals(self, num_global: int) -> Tensor:
+        """(1 or B, 1, num_global): how far the global rows stand behind the first token."""
+        if self.positions is None:
+            return torch.zeros(1, 1, 0, dtype=torch.long, device=self.table.device)
+        places = self.positions[:, None, : num_global + 1]
+        return places[..., :-1] - places[..., -1:]
 
     def of_blocks(self, block_size: int) -> BlockBias:
         """The same for blocks of queries."""
         query = torch.arange(block_size, device=self.table.device)
         key = torch.arange(-self.reach, self.reach + block_size, device=self.table.device)
-        return BlockBias(self.between(query, key[None, None])[0].transpose(1, 2))
+        return BlockBias(self.between(query[None], key[None, None])[0].transpose(1, 2))
 
 
 class BlockBias(NamedTuple):

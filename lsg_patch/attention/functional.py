@@ -106,7 +106,7 @@ def lsg_attention(
         dropout_p: of the attention probabilities.
         scale: of the scores; ``D ** -0.5`` by default.
         relative_bias: what is added to the scaled scores by the distance of key and query. With
-            ``first_token_global`` that token stands at 0, and there are no other global positions.
+            ``num_global_tokens`` it needs their positions.
         backend: "dense" (quadratic), "sdpa", or "auto".
 
     Returns:
@@ -180,7 +180,7 @@ def _attention(
     of_tokens = slice(num_global, None)
 
     def bias_of(queries: slice, keys: slice) -> Tensor | None:
-        return None if bias is None else bias.of_rows(length, queries, keys)
+        return None if bias is None else bias.of_rows(num_global + length, queries, keys)
 
     seen = None if mask is None else F.pad(mask, (num_global, 0), value=True).unsqueeze(1)
     if length <= geometry.full_length:
@@ -250,8 +250,10 @@ def _with_first_token_in_front(
     # weighed pooling is by the first token's query, and counts that token where it stands
     weighs = settings.sparsity_type == "bos_pooling" and settings.geometry.sparsity_factor > 1
     if settings.bias is not None:
-        at_first = torch.zeros(1, dtype=torch.long, device=query.device)
-        settings = settings._replace(bias=settings.bias._replace(global_positions=at_first))
+        places = settings.bias.positions
+        places = torch.arange(length, device=query.device)[None] if places is None else places
+        places = torch.cat([places[:, :1], places], dim=1)
+        settings = settings._replace(bias=settings.bias._replace(positions=places))
     out = _attention(query, key, value, elsewhere, mask if weighs else elsewhere, 1, settings)
     if settings.geometry.is_causal:
         return out[:, :, 1:]
@@ -259,16 +261,21 @@ def _with_first_token_in_front(
 
 
 def _check_bias(bias: RelativeBias, query: Tensor, num_global: int) -> None:
-    heads, table, positions = query.shape[1], bias.table, bias.global_positions
+    batch, heads, rows, _ = query.shape
+    table, positions = bias
     if table.dim() != 2 or table.shape[0] != heads or table.shape[1] % 2 == 0:
         raise ValueError(
             f"relative_bias.table must be (H, 2 * m + 1) with H = {heads}, not of shape "
             f"{tuple(table.shape)}"
         )
-    if positions.shape != (num_global,):
+    if positions is None and num_global:
         raise ValueError(
-            f"relative_bias.global_positions must be ({num_global},): one for each global row, not of "
-            f"shape {tuple(positions.shape)}"
+            f"relative_bias.positions is needed with num_global_tokens={num_global}: where do they stand?"
+        )
+    if positions is not None and positions.shape not in ((1, rows), (batch, rows)):
+        raise ValueError(
+            f"relative_bias.positions must be (B, N) = {(batch, rows)}, or (1, N), not of shape "
+            f"{tuple(positions.shape)}"
         )
 
 

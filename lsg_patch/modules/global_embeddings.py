@@ -52,6 +52,22 @@ def strided_positions(
     return every * positions[torch.sort(positions % step, stable=True).indices]
 
 
+def global_positions(
+    num_positions: int, stride: int, count: int, device: torch.device | None = None
+) -> Tensor:
+    """The positions of ``count`` global tokens: the first 0, the others ``stride`` apart.
+
+    Where a table's rows are added to words, they are those of the table that the model has when it
+    is patched, and say what the global tokens are at first. Where scores depend on the distance of
+    two tokens, global tokens have places among them: there they are positions of the patched model's
+    length, so that they follow from the settings alone, and each counts from the row's first real
+    token, in whose place the first global token stands. The tokens keep the positions that they
+    have unpatched.
+    """
+    order = strided_positions(num_positions, stride, device)
+    return order[torch.arange(count, device=device) % len(order)]
+
+
 def initial_rows(
     words: Tensor,
     positions: Tensor,
@@ -77,8 +93,7 @@ def initial_rows(
         rest: (width,), what a first token has besides: the first token type, where there are such.
         word_scale: what a word is multiplied with before its position is added.
     """
-    order = strided_positions(len(positions), stride, positions.device)
-    rows = positions[order[torch.arange(num_global_tokens, device=order.device) % len(order)]]
+    rows = positions[global_positions(len(positions), stride, num_global_tokens, positions.device)]
     first, others = words[bos_id][None], num_global_tokens - 1
     if random_init:
         generator = torch.Generator().manual_seed(0 if seed is None else seed)

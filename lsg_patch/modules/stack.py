@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lsg_patch.attention import RelativeBias
 from lsg_patch.config import LSGConfig
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
 
@@ -32,10 +33,12 @@ class Layout(NamedTuple):
         key_mask: (1 or B, T) over the tokens of the stack, True where one is seen as a key; None:
             all are seen.
         rows: (1 or B, T0): the stack's row that each token of the input is given back from.
+        bias: of the scores, in families that have one.
     """
 
     key_mask: Tensor | None
     rows: Tensor
+    bias: RelativeBias | None = None
 
 
 class Placement(NamedTuple):
@@ -101,17 +104,43 @@ def _layout(
     return Layout(key_mask, rows)
 
 
-def enter(hidden: Tensor, mask: Tensor | None, config: LSGConfig) -> tuple[Tensor, Layout]:
-    """``hidden`` (B, g + T0, width), as the embeddings gave it, laid out for the stack."""
+def enter(
+    hidden: Tensor, mask: Tensor | None, config: LSGConfig, bias: RelativeBias | None = None
+) -> tuple[Tensor, Layout]:
+    """``hidden`` (B, g + T0, width), as the embeddings gave it, laid out for the stack.
+
+    So are the positions of ``bias``, (1 or B, g + T0).
+    """
     num_global = config.num_global_tokens
     length = hidden.shape[1] - num_global
     placement = place(mask, length, config, hidden.device)
     layout = _layout(mask, length, config, placement)
     missing = placement.tokens.shape[1] - length
-    if mask is None and missing >= 0:
-        return (F.pad(hidden, (0, 0, 0, missing)) if missing else hidden), layout
-    globals_ = torch.arange(num_global, device=hidden.device).expand(len(placement.tokens), -1)
-    return _take_rows(hidden, torch.cat([globals_, num_global + placement.tokens], dim=1)), layout
+
+    def laid_out(x: Tensor) -> Tensor:
+        if mask is None and missing >= 0:
+            return F.pad(x, (0, 0, 0, missing)) if missing else x
+        globals_ = torch.arange(num_global, device=x.device).expand(len(placement.tokens), -1)
+        return _take_rows(x, torch.cat([globals_, num_global + placement.tokens], dim=1))
+
+    if bias is not None and bias.positions is not None:
+        positions = laid_out(bias.positions.unsqueeze(-1)).squeeze(-1)
+        layout = layout._replace(bias=bias._replace(positions=positions))
+    return laid_out(hidden), layout
+
+
+def with_globals_in_front(
+    tokens: Tensor, mask: Tensor | None, of_globals: tuple[int, ...]
+) -> Tensor:
+    """Positions (1 or B, g + T0) of all rows, of those of the tokens (1 or B, T0).
+
+    A global token's counts from the first real token of the row: see ``global_positions``.
+    """
+    first = tokens[:, :1]
+    if mask is not None:
+        first = tokens.expand(len(mask), -1).gather(1, mask.int().argmax(dim=1, keepdim=True))
+    globals_ = first + torch.tensor(of_globals, dtype=tokens.dtype, device=tokens.device)
+    return torch.cat([globals_, tokens.expand(len(first), -1)], dim=1)
 
 
 def leave(hidden: Tensor, layout: Layout) -> Tensor:
@@ -195,11 +224,17 @@ class PrependGlobals:
 
 @dataclass(frozen=True)
 class EnterStack:
-    """Before the layer stack: hidden states and the mask argument are laid out."""
+    """Before the layer stack: hidden states and the mask argument are laid out.
+
+    ``relative_bias`` gives the table of a ``RelativeBias``, of the stack; ``of_globals`` are the
+    positions of the global tokens.
+    """
 
     config: LSGConfig
     hidden: Argument
     mask: Argument
+    relative_bias: Callable[[Any], Tensor] | None
+    of_globals: tuple[int, ...]
 
     def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         hidden = self.hidden.get(args, kwargs)
@@ -211,9 +246,18 @@ class EnterStack:
                 f"tokens: {self.config.num_global_tokens} more are needed, the global tokens that the "
                 "patched embeddings give. Call the whole model, or unpatch it"
             )
-        hidden, layout = enter(hidden, mask, self.config)
+        bias = None
+        if self.relative_bias is not None:
+            tokens = torch.arange(length, device=hidden.device)[None]
+            positions = with_globals_in_front(tokens, mask, self.of_globals)
+            bias = RelativeBias(self.relative_bias(stack), positions)
+        hidden, layout = enter(hidden, mask, self.config, bias)
         args, kwargs = self.hidden.put(hidden, args, kwargs)
         return self.mask.put(layout, args, kwargs)
+
+
+def leave_out(*args: Any, **kwargs: Any) -> None:
+    """In place of a method of the stack that would make (T, T) tensors for its layers."""
 
 
 @dataclass(frozen=True)

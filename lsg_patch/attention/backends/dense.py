@@ -61,7 +61,9 @@ def block_attention(
         sides.append((sparse, _seen(length, geometry, windows, sparse.key.shape[2], device)))
     sides.append((tokens, local))
     mask = torch.cat([keys.mask.unsqueeze(2) & seen for keys, seen in _same_heads(sides)], dim=-1)
-    added = None if bias is None else _bias(bias, sparse, length, geometry)
+    added = None
+    if bias is not None:
+        added = _bias(bias, global_keys.key.shape[2], sparse, length, geometry)
     return F.scaled_dot_product_attention(
         query,
         torch.cat([keys.key for keys, _ in sides], dim=2),
@@ -89,16 +91,18 @@ def _seen(
     return seen
 
 
-def _bias(bias: RelativeBias, sparse: Keys | None, length: int, geometry: Geometry) -> Tensor:
+def _bias(
+    bias: RelativeBias, num_global: int, sparse: Keys | None, length: int, geometry: Geometry
+) -> Tensor:
     """(1 or B, H, T, keys): of all tokens' queries and all keys."""
     token = torch.arange(length, device=bias.table.device)
-    positions = [bias.global_positions[None, None], token[None, None]]
+    positions = [bias.of_globals(num_global), token[None, None]]
     if sparse is not None:
         index = torch.arange(sparse.key.shape[2], device=token.device)
         at_runs = geometry.run_positions(index)[None, None]
         positions.insert(1, at_runs if sparse.positions is None else sparse.positions)
     shared = torch.broadcast_shapes(*(x.shape[:2] for x in positions))
-    return bias.between(token, torch.cat([x.expand(*shared, -1) for x in positions], dim=-1))
+    return bias.between(token[None], torch.cat([x.expand(*shared, -1) for x in positions], dim=-1))
 
 
 def _same_heads(sides: list[tuple[Keys, Tensor]]) -> list[tuple[Keys, Tensor]]:

@@ -39,8 +39,11 @@ def block_attention(
         causal = torch.ones(
             geometry.block_size, mask.shape[-1], dtype=torch.bool, device=query.device
         ).tril(mask.shape[-1] - geometry.block_size)
-    places = [] if bias is None else _places(bias, sparse, geometry, blocks)
-    block_bias = None if bias is None else bias.of_blocks(geometry.block_size)
+    places: list[Tensor] = []
+    block_bias = None
+    if bias is not None:
+        places = _places(bias.of_globals(global_keys.key.shape[2]), sparse, geometry, blocks)
+        block_bias = bias.of_blocks(geometry.block_size)
 
     def penalties(mask: Tensor, places: list[Tensor], block_bias: BlockBias | None) -> Tensor:
         """What is added to scores (..., blocks, b, keys): for ``mask`` (..., blocks, keys), and a bias."""
@@ -112,15 +115,16 @@ def _windows(
 
 
 def _places(
-    bias: RelativeBias, sparse: Keys | None, geometry: Geometry, blocks: int
+    of_globals: Tensor, sparse: Keys | None, geometry: Geometry, blocks: int
 ) -> list[Tensor]:
     """How far the keys that a block sees stand behind its first query, in the parts of ``_windows``.
 
-    Each is (1 or B, 1 or H, 1 or blocks, size): what is the same for all blocks is there once.
+    ``of_globals`` (1 or B, 1, g) count from the first token. Each part is
+    (1 or B, 1 or H, 1 or blocks, size): what is the same for all blocks is there once.
     """
-    device = bias.table.device
+    device = of_globals.device
     start = geometry.block_size * torch.arange(blocks, device=device)[:, None]
-    places = [(bias.global_positions - start)[None, None]]
+    places = [of_globals.unsqueeze(2) - start]
     windows = geometry.sparse_windows if sparse is not None else ()
     if sparse is not None and sparse.positions is not None:
         places += [x - start for x in unfold_windows(sparse.positions, windows, blocks, 2)]
