@@ -42,7 +42,7 @@ def _positions(*of_globals: int, tokens: int = TOKENS) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("first_token_global", "examples"), [(False, 200), (True, 60)], ids=["globals", "first_token"]
+    ("first_token_global", "examples"), [(False, 100), (True, 40)], ids=["globals", "first_token"]
 )
 @pytest.mark.parametrize("sparsity_type", TYPES)
 def test_equals_the_oracle(sparsity_type: str, first_token_global: bool, examples: int) -> None:
