@@ -1,6 +1,6 @@
 """LSG attention for models of the BERT family: long inputs by one line, in place, and back."""
 
-from lsg_patch.attention import lsg_attention
+from lsg_patch.attention import RelativeBias, lsg_attention
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import AttentionNames, Family, Rotary, register_family
 from lsg_patch.patching import (
@@ -17,6 +17,7 @@ __all__ = [
     "AttentionNames",
     "Family",
     "LSGConfig",
+    "RelativeBias",
     "Rotary",
     "freeze_except_global",
     "get_config",

@@ -279,6 +279,8 @@ def _hook_edges(
 def _hook_stack(
     base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
 ) -> None:
+    for name in family.methods_left_out:
+        journal.set_attribute(plan.stack, name, stack.leave_out)
     of_base = compat.forward_parameters(base)
     of_stack = compat.forward_parameters(plan.stack)
     mask = Argument.of(of_base, *compat.MASK_NAMES)
@@ -307,6 +309,7 @@ def _hook_stack(
         stack_mask,
         Argument.of(of_stack, compat.ROTATION),
         plan.rotary,
+        family.relative_bias,
         plan.global_positions,
     )
     journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))

@@ -104,13 +104,16 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
             module.get_submodule(name)
         for name in (names.heads, names.dropout):
             getattr(module, name)
+    stack = base.get_submodule(family.stack)
+    for name in family.methods_left_out:
+        getattr(stack, name)
     rotary = family.rotary
     if rotary is not None and not rotary.is_used(base.config):
         rotary = None
     positions = _positions(base, family, rotary)
     offset = 0 if positions is None else family.position_offset(positions)
     reach = config.max_position_embeddings
-    if rotary is None and positions is not None:
+    if rotary is None and family.relative_bias is None and positions is not None:
         reach = positions.num_embeddings - offset
     taken = global_positions(reach, config.global_positional_stride, config.num_global_tokens)
     token_type = table(family.token_types).weight[0] if family.token_types else None
@@ -119,7 +122,7 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
         known = [row.detach() for row in rest if row is not None]
     return Plan(
         attentions=attentions,
-        stack=base.get_submodule(family.stack),
+        stack=stack,
         embeddings=embeddings,
         words=table(family.words),
         positions=positions,

@@ -68,6 +68,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"pad_token_id": 1, "mask_token_id": MASK, "position_embedding_type": "rotary"},
     ),
     "roformer": ("RoFormerConfig", "roformer", {"embedding_size": 16}),
+    "mpnet": ("MPNetConfig", "mpnet", {"pad_token_id": 1}),
     "albert": ("AlbertConfig", "albert", {"embedding_size": 16}),
     "distilbert": (
         "DistilBertConfig",

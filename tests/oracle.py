@@ -35,6 +35,7 @@ class Sparse(NamedTuple):
     keys: Tensor  # (S, D)
     values: Tensor  # (S, D)
     visible: Tensor  # (S,) bool
+    places: list[int]  # S indices of tokens: where each stands, for a bias by distance
 
 
 def oracle_attention(
@@ -53,8 +54,15 @@ def oracle_attention(
     lsh_num_pre_rounds: int = 1,
     lsh_projections: Sequence[Tensor] | None = None,
     scale: float | None = None,
+    bias_by_distance: Tensor | None = None,
+    places: Sequence[Sequence[int]] | None = None,
 ) -> OracleResult:
-    """What `lsg_attention` has to return; rows that see nothing are zeros here."""
+    """What `lsg_attention` has to return; rows that see nothing are zeros here.
+
+    `bias_by_distance` (H, 2m + 1) holds, for each head, what the scores of keys m, m - 1, ... tokens
+    before the query, of the query itself, and 1, ..., m tokens behind it have besides; for farther
+    keys the first or the last of these. Row n of batch row r stands at `places[r][n]`.
+    """
     batch, heads, length, head_dim = query.shape
     g = num_global_tokens
     tokens = length - g
@@ -122,12 +130,19 @@ def oracle_attention(
                     is_causal=is_causal,
                 )
 
+            bias = None
+            if bias_by_distance is not None:
+                of_rows = list(range(length)) if places is None else list(places[row])
+                front = of_rows[: 1 if is_long and first_token_global else g]
+                of_sparse = [of_rows[g] + place for place in sparse.places]
+                bias = _bias(bias_by_distance[head], of_rows, [*front, *of_sparse, *of_rows[g:]])
             outputs[row][head] = _attend(
                 query[row, head],
                 torch.cat([front_keys, sparse.keys, keys]),
                 torch.cat([front_values, sparse.values, values]),
                 allowed,
                 scale,
+                bias,
             )
             sees_key[row] &= allowed.any(dim=1)
     if batch == 0:
@@ -135,9 +150,24 @@ def oracle_attention(
     return OracleResult(torch.stack([torch.stack(of_row) for of_row in outputs]), sees_key)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, scale: float) -> Tensor:
+def _bias(by_distance: Tensor, query_places: list[int], key_places: list[int]) -> Tensor:
+    """(queries, keys): the entry of each pair's distance, at most that of the farthest."""
+    farthest = (len(by_distance) - 1) // 2
+    distances = [[min(max(k - q, -farthest), farthest) for k in key_places] for q in query_places]
+    return by_distance[farthest + torch.tensor(distances, dtype=torch.long)]
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    allowed: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Softmax attention by hand; a query with no allowed key gets zeros."""
     scores = (query @ keys.T) * scale
+    scores = scores if bias is None else scores + bias
     # Scores of forbidden keys are replaced before anything is computed from them: they may be huge.
     scores = torch.where(allowed, scores, torch.full_like(scores, -torch.inf))
     highest = scores.max(dim=1, keepdim=True).values.detach()
@@ -217,7 +247,7 @@ def _clip(start: int, stop: int, length: int) -> slice:
 
 
 def _no_sparse_tokens(keys: Tensor, values: Tensor) -> Sparse:
-    return Sparse(keys[:0], values[:0], torch.zeros(0, dtype=torch.bool))
+    return Sparse(keys[:0], values[:0], torch.zeros(0, dtype=torch.bool), [])
 
 
 def _pad(tensor: Tensor, length: int) -> Tensor:
@@ -252,7 +282,7 @@ def _select(
     caller_visible = _pad(caller_visible, length)
 
     if f == 1:
-        return Sparse(keys, values, visible)
+        return Sparse(keys, values, visible, list(range(length)))
     if kind == "norm":
         return _norm(keys, values, visible, chunk, chunk // f)
     if kind == "pooling":
@@ -272,7 +302,7 @@ def _select(
 
 
 def _take(keys: Tensor, values: Tensor, visible: Tensor, indices: list[int]) -> Sparse:
-    return Sparse(keys[indices], values[indices], visible[indices])
+    return Sparse(keys[indices], values[indices], visible[indices], indices)
 
 
 def _norm(keys: Tensor, values: Tensor, visible: Tensor, chunk: int, count: int) -> Sparse:
@@ -297,7 +327,17 @@ def _pooling(keys: Tensor, values: Tensor, visible: Tensor, f: int) -> Sparse:
         new_keys.append(keys[seen].sum(dim=0) / max(len(seen), 1))
         new_values.append(values[seen].sum(dim=0) / max(len(seen), 1))
         new_visible.append(len(seen) > 0)
-    return Sparse(torch.stack(new_keys), torch.stack(new_values), torch.tensor(new_visible))
+    return Sparse(
+        torch.stack(new_keys),
+        torch.stack(new_values),
+        torch.tensor(new_visible),
+        _middles(keys.shape[0], f),
+    )
+
+
+def _middles(length: int, f: int) -> list[int]:
+    """The mean index of each chunk of f, rounded down."""
+    return [sum(range(start, start + f)) // f for start in range(0, length, f)]
 
 
 def _bos_pooling(
@@ -317,7 +357,12 @@ def _bos_pooling(
         new_keys.append(_attend(query, keys[inside], keys[inside], allowed, scale)[0])
         new_values.append(_attend(query, keys[inside], values[inside], allowed, scale)[0])
         new_visible.append(bool(visible[inside].any()))
-    return Sparse(torch.stack(new_keys), torch.stack(new_values), torch.tensor(new_visible))
+    return Sparse(
+        torch.stack(new_keys),
+        torch.stack(new_values),
+        torch.tensor(new_visible),
+        _middles(keys.shape[0], f),
+    )
 
 
 def _lsh(
@@ -332,12 +377,15 @@ def _lsh(
 ) -> Sparse:
     """Means over buckets of similar keys, in rounds; counts are carried from round to round."""
     new_keys, new_values, new_visible = [], [], []
+    places: list[int] = []
     sizes = [chunk] * pre_rounds + [final_size]
     for start in range(0, keys.shape[0], chunk):
         inside = slice(start, start + chunk)
         count = visible[inside].to(keys.dtype)
         key_sum = keys[inside] * count[:, None]
         value_sum = values[inside] * count[:, None]
+        # the visible tokens in each bucket, followed through the rounds
+        members = [[start + t] if count[t] else [] for t in range(chunk)]
         for number, size in enumerate(sizes):
             if size == 1:
                 bucket = torch.zeros(count.shape[0], dtype=torch.long)
@@ -350,7 +398,13 @@ def _lsh(
                 bucket = torch.cat([hashed, -hashed], dim=1).argmax(dim=1)
             member = (bucket[None, :] == torch.arange(size)[:, None]).to(keys.dtype)
             key_sum, value_sum, count = member @ key_sum, member @ value_sum, member @ count
+            into = bucket.tolist()
+            members = [
+                [t for old, tokens in enumerate(members) if into[old] == new for t in tokens]
+                for new in range(size)
+            ]
         new_keys.append(key_sum / count.clamp_min(1)[:, None])
         new_values.append(value_sum / count.clamp_min(1)[:, None])
         new_visible.append(count > 0)
-    return Sparse(torch.cat(new_keys), torch.cat(new_values), torch.cat(new_visible))
+        places += [sum(tokens) // max(len(tokens), 1) for tokens in members]
+    return Sparse(torch.cat(new_keys), torch.cat(new_values), torch.cat(new_visible), places)

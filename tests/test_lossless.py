@@ -81,7 +81,7 @@ def test_one_token_beyond_two_blocks_is_no_longer_the_original() -> None:
     assert (actual - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "camembert"])
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "camembert", "mpnet"])
 def test_left_padding_is_lossless_where_positions_count_from_the_text(family: str) -> None:
     model = tiny_model(family)
     ids = ids_like(LEFT, family)
@@ -111,10 +111,11 @@ def test_left_padding_of_bert_is_lossless_with_positions_that_count_from_the_tex
     assert (actual_counted[1, 7:] - counted[1, 7:]).abs().max() > 1e-3
 
 
-def test_left_padded_text_gives_what_right_padded_text_gives_at_any_length() -> None:
+@pytest.mark.parametrize("family", ["roberta", "mpnet"])
+def test_left_padded_text_gives_what_right_padded_text_gives_at_any_length(family: str) -> None:
     """Blocks begin where the text begins, however much padding stands before it."""
-    model, long = tiny_model("roberta"), 100
-    text = ids_like(torch.ones(1, long, dtype=torch.long), "roberta")
+    model, long = tiny_model(family), 100
+    text = ids_like(torch.ones(1, long, dtype=torch.long), family)
     mask = torch.cat(
         [torch.zeros(1, 13, dtype=torch.long), torch.ones(1, long, dtype=torch.long)], 1
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsg_patch.attention.backends import dense, sdpa
+from lsg_patch.attention.bias import RelativeBias
 from lsg_patch.attention.geometry import Geometry
 from lsg_patch.attention.keys import Keys
 from lsg_patch.attention.sparsity import (
@@ -20,7 +21,9 @@ from lsg_patch.attention.sparsity import (
     select,
 )
 
-BlockAttention = Callable[[Tensor, Keys, "Keys | None", Keys, Geometry, float, float], Tensor]
+BlockAttention = Callable[
+    [Tensor, Keys, "Keys | None", Keys, Geometry, float, float, "RelativeBias | None"], Tensor
+]
 BACKENDS: dict[str, BlockAttention] = {"dense": dense.block_attention, "sdpa": sdpa.block_attention}
 BACKEND_NAMES = ("auto", *BACKENDS)
 
@@ -73,6 +76,7 @@ def lsg_attention(
     seed: int | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    relative_bias: RelativeBias | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Local + sparse + global attention, linear in the sequence length.
@@ -101,6 +105,8 @@ def lsg_attention(
             (None is seed 0). The global random state is neither read nor changed.
         dropout_p: of the attention probabilities.
         scale: of the scores; ``D ** -0.5`` by default.
+        relative_bias: what is added to the scaled scores by the distance of key and query. With
+            ``num_global_tokens`` it needs their positions.
         backend: "dense" (quadratic), "sdpa", or "auto".
 
     Returns:
@@ -115,6 +121,9 @@ def lsg_attention(
         block_size, sparse_block_size, sparsity_factor, sparsity_type, is_causal
     )
     _check_tensors(query, key, value, padding_mask, num_global_tokens)
+    if relative_bias is not None:
+        _check_bias(relative_bias, query, num_global_tokens)
+        relative_bias = relative_bias._replace(table=relative_bias.table.to(query.dtype))
     if backend not in BACKEND_NAMES:
         raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, not {backend!r}")
     if first_token_global and num_global_tokens:
@@ -135,6 +144,7 @@ def lsg_attention(
         dropout_p=dropout_p,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         backend="sdpa" if backend == "auto" else backend,
+        bias=relative_bias,
     )
     mask = None
     if padding_mask is not None:
@@ -151,6 +161,7 @@ class _Settings(NamedTuple):
     dropout_p: float
     scale: float
     backend: str
+    bias: RelativeBias | None
 
 
 def _attention(
@@ -164,14 +175,27 @@ def _attention(
 ) -> Tensor:
     """Attention of (B, H, N, D); ``selectable`` (B, T) are the tokens that selections may use."""
     geometry, dropout_p, scale = settings.geometry, settings.dropout_p, settings.scale
+    bias = settings.bias
     batch, length = query.shape[0], query.shape[2] - num_global
     of_tokens = slice(num_global, None)
+
+    def bias_of(queries: slice, keys: slice) -> Tensor | None:
+        return None if bias is None else bias.of_rows(num_global + length, queries, keys)
+
     seen = None if mask is None else F.pad(mask, (num_global, 0), value=True).unsqueeze(1)
     if length <= geometry.full_length:
         if not geometry.is_causal:
-            return dense.full_attention(query, key, value, seen, dropout_p, scale)
+            added = bias_of(slice(None), slice(None))
+            return dense.full_attention(query, key, value, seen, dropout_p, scale, bias=added)
         out = dense.full_attention(
-            query[:, :, of_tokens], key, value, seen, dropout_p, scale, is_causal=True
+            query[:, :, of_tokens],
+            key,
+            value,
+            seen,
+            dropout_p,
+            scale,
+            is_causal=True,
+            bias=bias_of(of_tokens, slice(None)),
         )
     else:
         everything = query.new_ones(batch, 1, length + num_global, dtype=torch.bool)
@@ -187,11 +211,17 @@ def _attention(
             if selectable is not None:
                 chosen_from = tokens._replace(mask=selectable.unsqueeze(1))
             inputs = SelectionInputs(
-                chosen_from, geometry, token_query[:, :, 0], scale, settings.projections
+                chosen_from,
+                geometry,
+                token_query[:, :, 0],
+                scale,
+                settings.projections,
+                # sparse tokens are more than a block away
+                with_positions=bias is not None and bias.reach > geometry.block_size,
             )
             sparse = select(settings.sparsity_type, inputs)
         attend = BACKENDS[settings.backend]
-        out = attend(token_query, global_keys, sparse, tokens, geometry, dropout_p, scale)
+        out = attend(token_query, global_keys, sparse, tokens, geometry, dropout_p, scale, bias)
     if not num_global:
         return out
     # a global token that saw the tokens would carry the future to those before
@@ -203,6 +233,7 @@ def _attention(
         None if seen is None else seen[:, :, visible],
         dropout_p,
         scale,
+        bias=bias_of(slice(num_global), visible),
     )
     # joined as (B, N, H, D), the layout in which heads are joined for free
     return torch.cat([rows.transpose(1, 2), out.transpose(1, 2)], dim=1).transpose(1, 2)
@@ -218,10 +249,34 @@ def _with_first_token_in_front(
     elsewhere = mask & (torch.arange(length, device=query.device) > 0)
     # weighed pooling is by the first token's query, and counts that token where it stands
     weighs = settings.sparsity_type == "bos_pooling" and settings.geometry.sparsity_factor > 1
+    if settings.bias is not None:
+        places = settings.bias.positions
+        places = torch.arange(length, device=query.device)[None] if places is None else places
+        places = torch.cat([places[:, :1], places], dim=1)
+        settings = settings._replace(bias=settings.bias._replace(positions=places))
     out = _attention(query, key, value, elsewhere, mask if weighs else elsewhere, 1, settings)
     if settings.geometry.is_causal:
         return out[:, :, 1:]
     return torch.cat([out[:, :, :1], out[:, :, 2:]], dim=2)
+
+
+def _check_bias(bias: RelativeBias, query: Tensor, num_global: int) -> None:
+    batch, heads, rows, _ = query.shape
+    table, positions = bias
+    if table.dim() != 2 or table.shape[0] != heads or table.shape[1] % 2 == 0:
+        raise ValueError(
+            f"relative_bias.table must be (H, 2 * m + 1) with H = {heads}, not of shape "
+            f"{tuple(table.shape)}"
+        )
+    if positions is None and num_global:
+        raise ValueError(
+            f"relative_bias.positions is needed with num_global_tokens={num_global}: where do they stand?"
+        )
+    if positions is not None and positions.shape not in ((1, rows), (batch, rows)):
+        raise ValueError(
+            f"relative_bias.positions must be (B, N) = {(batch, rows)}, or (1, N), not of shape "
+            f"{tuple(positions.shape)}"
+        )
 
 
 def _check_tensors(

@@ -102,6 +102,10 @@ class Geometry:
         right = Window(2 * self.step, self.sparse_block_size, self.step)
         return (left,) if self.is_causal else (left, right)
 
+    def run_positions(self, index: Tensor) -> Tensor:
+        """Where the sparse tokens of this ``index`` stand that are made of runs of tokens: mid-run."""
+        return index * self.sparsity_factor + (self.sparsity_factor - 1) // 2
+
 
 def unfold_windows(
     x: Tensor, windows: tuple[Window, ...], num_blocks: int, dim: int

@@ -9,20 +9,27 @@ from torch import Tensor
 
 
 class Keys(NamedTuple):
-    """``key`` and ``value`` (B, H, n, D); ``mask`` (B, 1 or H, n), True where a key is seen."""
+    """``key`` and ``value`` (B, H, n, D); ``mask`` (B, 1 or H, n), True where a key is seen.
+
+    ``positions`` (1 or B, 1 or H, n) are where the keys stand among the tokens, if that is asked for
+    and does not follow from their index.
+    """
 
     key: Tensor
     value: Tensor
     mask: Tensor
+    positions: Tensor | None = None
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as what is added to scores: 0 where True, a large finite penalty elsewhere.
+def additive(mask: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """A boolean mask as what is added to scores: ``bias`` (or 0) where True, a penalty elsewhere.
 
-    Half of the least finite number: a row in which nothing is seen then stays finite in every
+    It is half of the least finite number: a row in which nothing is seen then stays finite in every
     dtype, where the least number itself would overflow to -inf and its softmax to NaN.
     """
     penalty = torch.finfo(dtype).min / 2
+    if bias is not None:
+        return bias.masked_fill(~mask, penalty)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, penalty)
 
 

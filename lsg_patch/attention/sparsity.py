@@ -24,7 +24,8 @@ class SelectionInputs(NamedTuple):
     """What a selection may look at.
 
     ``tokens`` has (B, H, T, D) keys with a (B, 1, T) mask; ``first_query`` (B, H, D) is the first
-    token's query; ``projections`` are those of ``draw_projections``.
+    token's query; ``projections`` are those of ``draw_projections``. ``with_positions``: the keys
+    are to have their positions, unless these are ``Geometry.run_positions``.
     """
 
     tokens: Keys
@@ -32,6 +33,7 @@ class SelectionInputs(NamedTuple):
     first_query: Tensor
     scale: float
     projections: Sequence[Tensor]
+    with_positions: bool = False
 
 
 def select(sparsity_type: str, inputs: SelectionInputs) -> Keys:
@@ -40,7 +42,7 @@ def select(sparsity_type: str, inputs: SelectionInputs) -> Keys:
         return inputs.tokens
     missing = -inputs.tokens.key.shape[2] % inputs.geometry.block_size
     if missing:
-        key, value, mask = inputs.tokens
+        key, value, mask, _ = inputs.tokens
         key, value = (F.pad(x, (0, 0, 0, missing)) for x in (key, value))
         inputs = inputs._replace(tokens=Keys(key, value, F.pad(mask, (0, missing))))
     return SELECTIONS[sparsity_type](inputs)
@@ -56,7 +58,7 @@ def _norm(inputs: SelectionInputs) -> Keys:
     norm = norm.masked_fill(~tokens.mask, -1.0).unflatten(2, (-1, geometry.chunk))
     order = torch.sort(norm, dim=-1, descending=True, stable=True).indices[..., :kept].flip(-1)
     index = order + geometry.chunk * torch.arange(order.shape[2], device=key.device)[:, None]
-    return _take(tokens, index.flatten(2))
+    return _take(inputs, index.flatten(2))
 
 
 def _stride(inputs: SelectionInputs) -> Keys:
@@ -66,7 +68,7 @@ def _stride(inputs: SelectionInputs) -> Keys:
     heads, length = tokens.key.shape[1:3]
     first = torch.arange(heads, device=tokens.key.device) % factor
     index = first[:, None] + torch.arange(0, length, factor, device=first.device)
-    return _take(tokens, index.expand(tokens.key.shape[0], -1, -1))
+    return _take(inputs, index.expand(tokens.key.shape[0], -1, -1))
 
 
 def _block_stride(inputs: SelectionInputs) -> Keys:
@@ -78,7 +80,7 @@ def _block_stride(inputs: SelectionInputs) -> Keys:
     run = run + geometry.step * torch.arange(heads, device=device)[:, None]
     start = torch.arange(0, length, geometry.block_size, device=device)
     index = (run % geometry.block_size)[:, None, :] + start[:, None]
-    return _take(tokens, index.flatten(1).expand(tokens.key.shape[0], -1, -1))
+    return _take(inputs, index.flatten(1).expand(tokens.key.shape[0], -1, -1))
 
 
 def _pooling(inputs: SelectionInputs) -> Keys:
@@ -92,7 +94,7 @@ def _pooling(inputs: SelectionInputs) -> Keys:
 
 def _bos_pooling(inputs: SelectionInputs) -> Keys:
     """The mean of each run of ``sparsity_factor`` tokens, weighed by the first token's attention."""
-    tokens, geometry, first_query, scale, _ = inputs
+    tokens, geometry, first_query, scale, *_ = inputs
     scores = (tokens.key @ (first_query * scale).unsqueeze(-1)).squeeze(-1)
     scores = scores + additive(tokens.mask, scores.dtype)
     weights = scores.unflatten(2, (-1, geometry.sparsity_factor)).softmax(-1)
@@ -119,14 +121,25 @@ def _lsh(inputs: SelectionInputs) -> Keys:
         key = tokens.key.to(wide).masked_fill(~seen, 0).unflatten(2, chunked)
         value = tokens.value.to(wide).masked_fill(~seen, 0).unflatten(2, chunked)
         count = seen.to(wide).unflatten(2, chunked).expand(*key.shape[:-1], 1)
+        sums = [key, value, count]
+        if inputs.with_positions:
+            sums.append(count * torch.arange(geometry.chunk, device=key.device)[:, None])
         sizes = _round_sizes(geometry, len(inputs.projections))
         for size, projection in zip(sizes, inputs.projections, strict=True):
-            bucket = _bucket(key.detach(), projection.to(wide))
-            key, value, count = (_sum_buckets(x, bucket, size) for x in (key, value, count))
+            bucket = _bucket(sums[0].detach(), projection.to(wide))
+            sums = [_sum_buckets(x, bucket, size) for x in sums]
+    key, value, count, *places = sums
     filled = count.clamp(min=1)
     mask = (count > 0).squeeze(-1).flatten(2)
+    positions = None
+    for place in places:
+        start = geometry.chunk * torch.arange(place.shape[2], device=place.device)[:, None]
+        positions = ((place / filled).squeeze(-1).long() + start).flatten(2)
     return Keys(
-        (key / filled).to(dtype).flatten(2, 3), (value / filled).to(dtype).flatten(2, 3), mask
+        (key / filled).to(dtype).flatten(2, 3),
+        (value / filled).to(dtype).flatten(2, 3),
+        mask,
+        positions,
     )
 
 
@@ -203,6 +216,8 @@ def _pool(tokens: Keys, weights: Tensor, seen: Tensor) -> Keys:
     return Keys(pooled(tokens.key), pooled(tokens.value), seen.any(-1))
 
 
-def _take(tokens: Keys, index: Tensor) -> Keys:
+def _take(inputs: SelectionInputs, index: Tensor) -> Keys:
+    tokens = inputs.tokens
     mask = tokens.mask.expand(-1, tokens.key.shape[1], -1).gather(2, index)
-    return Keys(take_rows(tokens.key, index), take_rows(tokens.value, index), mask)
+    positions = index if inputs.with_positions else None
+    return Keys(take_rows(tokens.key, index), take_rows(tokens.value, index), mask, positions)

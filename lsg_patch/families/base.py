@@ -132,6 +132,11 @@ class Family:
         names: the attributes of a self-attention module.
         output: what a self-attention module makes of its input (B, N, width) and of the joined
             heads (B, N, heads * head size): ``output(module, hidden, context)``.
+        relative_bias: where scores depend on how far a key stands from its query: the bias of each
+            distance, (H, 2 * m + 1) as in ``RelativeBias``: ``relative_bias(stack)``, read in each
+            forward. Not where the stack embeds its input itself.
+        methods_left_out: methods of ``stack`` that a patched one must not run, since they make
+            (T, T) tensors for its layers; they give None instead.
     """
 
     name: str
@@ -153,6 +158,8 @@ class Family:
     begins_with_cls: bool = True
     names: AttentionNames = AttentionNames()
     output: Callable[[Any, Tensor, Tensor], Tensor] = context_alone
+    relative_bias: Callable[[Any], Tensor] | None = None
+    methods_left_out: tuple[str, ...] = ()
     decoder: str | None = None
     decoder_positions: str | None = None
 

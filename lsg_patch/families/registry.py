@@ -95,8 +95,15 @@ def register_family(family: Family) -> Family:
 
 
 _PATHS = ("attentions", "stack", "embeddings", "words", "positions", "token_types")
-_LISTS = ("base_classes", "global_path", "position_buffers")
-_FUNCTIONS = ("position_offset", "first_token_extra", "word_scale", "computed_positions", "output")
+_LISTS = ("base_classes", "global_path", "position_buffers", "methods_left_out")
+_FUNCTIONS = (
+    "position_offset",
+    "first_token_extra",
+    "word_scale",
+    "computed_positions",
+    "output",
+    "relative_bias",
+)
 
 
 def _check(family: Family) -> None:
@@ -117,8 +124,13 @@ def _check(family: Family) -> None:
     if not family.base_classes:
         raise ValueError("Family.base_classes is empty: which models are of the family?")
     for name in _FUNCTIONS:
-        if not callable(getattr(family, name)):
+        value = getattr(family, name)
+        if value is None and name == "relative_bias":
+            continue
+        if not callable(value):
             raise TypeError(f"Family.{name} must be a function, not {getattr(family, name)!r}")
+    if family.relative_bias is not None and family.embeds_in_stack:
+        raise ValueError("Family.relative_bias needs embeddings outside of the stack")
     if not isinstance(family.names, AttentionNames):
         raise TypeError(f"Family.names must be AttentionNames, not {family.names!r}")
     if not isinstance(family.rotary, (Rotary, type(None))):

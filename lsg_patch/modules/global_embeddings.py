@@ -58,10 +58,11 @@ def global_positions(
     """The positions of ``count`` global tokens: the first 0, the others ``stride`` apart.
 
     Where a table's rows are added to words, they are those of the table that the model has when it
-    is patched, and say what the global tokens are at first. Where positions are rotary, they turn
-    the global tokens' queries and keys: there they are positions of the patched model's length, so
-    that they follow from the settings alone, and each counts from the row's first real token, in
-    whose place the first global token stands. The tokens keep the positions that they have unpatched.
+    is patched, and say what the global tokens are at first. Where scores depend on the distance of
+    two tokens, global tokens have places among them: there they are positions of the patched model's
+    length, so that they follow from the settings alone, and each counts from the row's first real
+    token, in whose place the first global token stands. The tokens keep the positions that they
+    have unpatched.
     """
     order = strided_positions(num_positions, stride, device)
     return order[torch.arange(count, device=device) % len(order)]

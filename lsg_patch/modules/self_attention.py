@@ -83,6 +83,7 @@ class LSGSelfAttention(nn.Module):
             lsh_num_pre_rounds=config.lsh_num_pre_rounds,
             lsh_projections=[getattr(self, _projection_name(i)) for i in range(lsg.rounds)],
             dropout_p=self._dropout_p(),
+            relative_bias=layout.bias,
             backend=config.backend,
         )
         output = lsg.output(self, hidden, context.transpose(1, 2).flatten(2))

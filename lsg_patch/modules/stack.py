@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lsg_patch.attention import RelativeBias
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
@@ -35,11 +36,13 @@ class Layout(NamedTuple):
         rows: (1 or B, T0): the stack's row that each token of the input is given back from.
         rotation: where positions are rotary, the cosines and sines of the stack's rows, each
             (1 or B, g + T, head size / 2).
+        bias: of the scores, in families that have one.
     """
 
     key_mask: Tensor | None
     rows: Tensor
     rotation: tuple[Tensor, Tensor] | None = None
+    bias: RelativeBias | None = None
 
 
 class Placement(NamedTuple):
@@ -110,10 +113,12 @@ def enter(
     mask: Tensor | None,
     config: LSGConfig,
     rotation: tuple[Tensor, Tensor] | None = None,
+    bias: RelativeBias | None = None,
 ) -> tuple[Tensor, Layout]:
     """``hidden`` (B, g + T0, width), as the embeddings gave it, laid out for the stack.
 
-    So is the ``rotation`` of its rows, (1 or B, g + T0, head size / 2) each.
+    So are the ``rotation`` of its rows, (1 or B, g + T0, head size / 2) each, and the positions of
+    the ``bias``, (1 or B, g + T0).
     """
     num_global = config.num_global_tokens
     length = hidden.shape[1] - num_global
@@ -130,6 +135,9 @@ def enter(
 
     if rotation is not None:
         layout = layout._replace(rotation=(laid_out(rotation[0]), laid_out(rotation[1])))
+    if bias is not None and bias.positions is not None:
+        positions = laid_out(bias.positions.unsqueeze(-1)).squeeze(-1)
+        layout = layout._replace(bias=bias._replace(positions=positions))
     return laid_out(hidden), layout
 
 
@@ -311,7 +319,8 @@ class EnterStack:
     """Before the layer stack: hidden states and the mask argument are laid out.
 
     With ``rotary`` positions their rotation is as well, which the base model hands to the stack as
-    ``rotation``, or which is made here.
+    ``rotation``, or which is made here. ``relative_bias`` gives the table of a ``RelativeBias``, of
+    the stack; ``of_globals`` are the positions of the global tokens.
     """
 
     config: LSGConfig
@@ -319,6 +328,7 @@ class EnterStack:
     mask: Argument
     rotation: Argument
     rotary: Rotary | None
+    relative_bias: Callable[[Any], Tensor] | None
     of_globals: tuple[int, ...]
 
     def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -331,19 +341,26 @@ class EnterStack:
                 f"tokens: {self.config.num_global_tokens} more are needed, the global tokens that the "
                 "patched embeddings give. Call the whole model, or unpatch it"
             )
-        rotation = None
+        tokens = torch.arange(length, device=hidden.device)[None]
+        rotation = bias = None
         if self.rotary is not None:
             given = self.rotation.get(args, kwargs)
             if given is not None:  # every angle is there twice, for both elements of a pair
                 cos, sin = (part[..., : part.shape[-1] // 2] for part in given)
                 rotation = cos, sin
             else:
-                tokens = torch.arange(length, device=hidden.device)[None]
                 positions = with_globals_in_front(tokens, mask, self.of_globals)
                 rotation = self.rotary.rotation(stack, positions)
-        hidden, layout = enter(hidden, mask, self.config, rotation)
+        if self.relative_bias is not None:
+            positions = with_globals_in_front(tokens, mask, self.of_globals)
+            bias = RelativeBias(self.relative_bias(stack), positions)
+        hidden, layout = enter(hidden, mask, self.config, rotation, bias)
         args, kwargs = self.hidden.put(hidden, args, kwargs)
         return self.mask.put(layout, args, kwargs)
+
+
+def leave_out(*args: Any, **kwargs: Any) -> None:
+    """In place of a method of the stack that would make (T, T) tensors for its layers."""
 
 
 @dataclass(frozen=True)

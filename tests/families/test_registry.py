@@ -85,6 +85,16 @@ def test_the_same_again_is_no_error() -> None:
         (Family("other", "OtherModel"), TypeError, "base_classes must be a tuple"),  # type: ignore[arg-type]
         (Family("other", ("OtherModel",), stack=None), TypeError, "stack must be a string"),  # type: ignore[arg-type]
         (Family("other", ("OtherModel",), output="dense"), TypeError, "output must be a function"),  # type: ignore[arg-type]
+        (
+            Family("other", ("OtherModel",), relative_bias="table"),  # type: ignore[arg-type]
+            TypeError,
+            "relative_bias must be a function",
+        ),
+        (
+            Family("other", ("OtherModel",), relative_bias=len, edge="encoder"),  # type: ignore[arg-type]
+            ValueError,
+            'relative_bias needs edge="stack"',
+        ),
         (Family("other", ("OtherModel",), names="query"), TypeError, "names must be Attention"),  # type: ignore[arg-type]
         ("other", TypeError, "Family is registered, not str"),
     ],

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsg_patch.attention.bias import RelativeBias
 from lsg_patch.attention.geometry import Geometry, Window
 from lsg_patch.attention.keys import Keys, additive
 
@@ -18,18 +19,20 @@ def full_attention(
     dropout_p: float,
     scale: float,
     is_causal: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of ``query`` (B, H, n, D) over ``key`` and ``value`` (B, H, m, D).
 
     ``mask`` (B, 1 or H, m) is True where a key is seen, None where all are. With ``is_causal`` the
-    last query is aligned with the last key.
+    last query is aligned with the last key. ``bias`` (1 or B, H, n, m) is added to the scores.
     """
-    attn_mask = None
+    attn_mask = bias
     if mask is not None or is_causal:
         n, m = query.shape[2], key.shape[2]
         seen = torch.ones(n if is_causal else 1, m, dtype=torch.bool, device=query.device)
         seen = seen.tril(m - n) if is_causal else seen
-        attn_mask = additive(seen if mask is None else mask.unsqueeze(2) & seen, query.dtype)
+        seen = seen if mask is None else mask.unsqueeze(2) & seen
+        attn_mask = additive(seen, query.dtype, bias)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
     )
@@ -43,6 +46,7 @@ def block_attention(
     geometry: Geometry,
     dropout_p: float,
     scale: float,
+    bias: RelativeBias | None = None,
 ) -> Tensor:
     """LSG attention of the tokens' queries (B, H, T, D), by a (T, keys) mask: quadratic."""
     length, device = query.shape[2], query.device
@@ -57,11 +61,14 @@ def block_attention(
         sides.append((sparse, _seen(length, geometry, windows, sparse.key.shape[2], device)))
     sides.append((tokens, local))
     mask = torch.cat([keys.mask.unsqueeze(2) & seen for keys, seen in _same_heads(sides)], dim=-1)
+    added = None
+    if bias is not None:
+        added = _bias(bias, global_keys.key.shape[2], sparse, length, geometry)
     return F.scaled_dot_product_attention(
         query,
         torch.cat([keys.key for keys, _ in sides], dim=2),
         torch.cat([keys.value for keys, _ in sides], dim=2),
-        attn_mask=additive(mask, query.dtype),
+        attn_mask=additive(mask, query.dtype, added),
         dropout_p=dropout_p,
         scale=scale,
     )
@@ -82,6 +89,20 @@ def _seen(
         start = block * window.stride + window.start
         seen |= (key >= start) & (key < start + window.size)
     return seen
+
+
+def _bias(
+    bias: RelativeBias, num_global: int, sparse: Keys | None, length: int, geometry: Geometry
+) -> Tensor:
+    """(1 or B, H, T, keys): of all tokens' queries and all keys."""
+    token = torch.arange(length, device=bias.table.device)
+    positions = [bias.of_globals(num_global), token[None, None]]
+    if sparse is not None:
+        index = torch.arange(sparse.key.shape[2], device=token.device)
+        at_runs = geometry.run_positions(index)[None, None]
+        positions.insert(1, at_runs if sparse.positions is None else sparse.positions)
+    shared = torch.broadcast_shapes(*(x.shape[:2] for x in positions))
+    return bias.between(token[None], torch.cat([x.expand(*shared, -1) for x in positions], dim=-1))
 
 
 def _same_heads(sides: list[tuple[Keys, Tensor]]) -> list[tuple[Keys, Tensor]]:

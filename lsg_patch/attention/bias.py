@@ -1,0 +1,81 @@
+"""What the distance of a key from its query adds to their score, in linear memory.
+
+Where keys stand: a token at its own place, also as a sparse token; a pooled sparse token (pooling,
+bos_pooling, lsh) at the mean place of the tokens that it is made of, rounded down, whatever their
+weights (pooling and bos_pooling: of its whole run, whatever is masked); a global row where the
+caller says.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RelativeBias(NamedTuple):
+    """A bias of each head by distance.
+
+    Attributes:
+        table: (H, 2 * m + 1): entry ``m + d`` for a key ``d`` tokens behind its query, before it if
+            ``d`` is negative; keys more than ``m`` tokens away have the bias of ``m``.
+        positions: (1 or B, N), where the rows stand, the global ones first; None, without global
+            rows: one after the other. Beyond two blocks the tokens of a row are taken to stand one
+            after the other from its first one on; what is said of the others is not read.
+    """
+
+    table: Tensor
+    positions: Tensor | None = None
+
+    @property
+    def reach(self) -> int:
+        """The distance from which on the bias is the same: ``m``."""
+        return self.table.shape[1] // 2
+
+    def between(self, query: Tensor, key: Tensor) -> Tensor:
+        """(1 or B, H, n, m) for queries at (1 or B, n) and keys at (1 or B, 1 or H, m)."""
+        distance = key.unsqueeze(-2) - query[:, None, :, None]
+        return _of_each_head(self.table, distance.clamp(-self.reach, self.reach) + self.reach)
+
+    def of_rows(self, rows: int, queries: slice, keys: slice) -> Tensor:
+        """(1 or B, H, n, m) for some of all ``rows`` and some of them."""
+        places = self.positions
+        if places is None:
+            places = torch.arange(rows, device=self.table.device)[None]
+        return self.between(places[:, queries], places[:, None, keys])
+
+    def of_globals(self, num_global: int) -> Tensor:
+        """(1 or B, 1, num_global): how far the global rows stand behind the first token."""
+        if self.positions is None:
+            return torch.zeros(1, 1, 0, dtype=torch.long, device=self.table.device)
+        places = self.positions[:, None, : num_global + 1]
+        return places[..., :-1] - places[..., -1:]
+
+    def of_blocks(self, block_size: int) -> BlockBias:
+        """The same for blocks of queries."""
+        query = torch.arange(block_size, device=self.table.device)
+        key = torch.arange(-self.reach, self.reach + block_size, device=self.table.device)
+        return BlockBias(self.between(query[None], key[None, None])[0].transpose(1, 2))
+
+
+class BlockBias(NamedTuple):
+    """``rows`` (H, 2 * m + b, b): row ``m + k`` for a key ``k`` tokens behind a block's first query.
+
+    Farther keys have the bias of the outermost ones, so that a key has one row for all of a block's
+    queries: looking it up takes no index for each score.
+    """
+
+    rows: Tensor
+
+    def of(self, key: Tensor) -> Tensor:
+        """(..., H, 1 or blocks, b, n) of keys at (..., 1 or H, 1 or blocks, n) from their block's start."""
+        _, starts, block_size = self.rows.shape
+        reach = (starts - block_size) // 2
+        index = key.clamp(-reach, reach + block_size - 1) + reach
+        return _of_each_head(self.rows, index).transpose(-1, -2)
+
+
+def _of_each_head(x: Tensor, index: Tensor) -> Tensor:
+    """Entries (..., H, k, n, ...) of ``x`` (H, m, ...) at ``index`` (..., 1 or H, k, n)."""
+    return x[torch.arange(len(x), device=x.device)[:, None, None], index]
