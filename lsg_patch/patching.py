@@ -14,7 +14,7 @@ from torch import nn
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family, find_base
-from lsg_patch.modules import encoder, stack
+from lsg_patch.modules import causal, encoder, stack
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.position_table import resize_buffers, resize_positions
@@ -227,7 +227,8 @@ def _apply(
         journal.set_attribute(model_config, "max_position_embeddings", length + plan.config_offset)
     for index, module in enumerate(plan.attentions):
         # every layer its own projections; a seed gives the same ones each time
-        swap_attention(module, config, family, (config.seed or 0) + index, journal)
+        seed = (config.seed or 0) + index
+        swap_attention(module, config, family, seed, journal, plan.is_causal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
     _hook_edges(base, family, plan, config, journal)
@@ -240,31 +241,18 @@ def _hook_edges(
 ) -> None:
     """Hook what happens where the layers begin and where they end."""
     hook = {"stack": _hook_stack, "encoder": _hook_encoder}[family.edge]
+    if plan.is_causal:
+        hook = _hook_causal_stack
     hook(base, family, plan, config, journal)
 
 
 def _hook_stack(
     base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
 ) -> None:
-    if plan.global_rows is not None:
-        prepend = stack.PrependGlobals(family.global_path)
-        journal.add_hook(plan.embeddings.register_forward_hook(prepend, prepend=True))
-    of_base = compat.forward_parameters(base)
-    of_stack = compat.forward_parameters(plan.stack)
-    mask = Argument.of(of_base, *compat.MASK_NAMES)
-    attentions = Argument.of(of_base, "output_attentions")
-    enter_model = stack.EnterModel(
-        config,
-        ids=Argument.of(of_base, "input_ids"),
-        embeds=Argument.of(of_base, "inputs_embeds"),
-        mask=mask,
-        positions=Argument.of(of_base, "position_ids"),
-        head_mask=Argument.of(of_base, "head_mask"),
-        wants_attentions=attentions,
-        four_dimensions=compat.passes_masks_of_four_dimensions(base),
-        needs_head_mask=compat.expands_masks_without_head_mask(base),
-    )
+    _hook_globals(family, plan, journal)
+    enter_model = _check_of(base, config)
     journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
+    of_stack = compat.forward_parameters(plan.stack)
     stack_mask = Argument.of(of_stack, *compat.MASK_NAMES)
     enter_stack = stack.EnterStack(config, Argument.of(of_stack, of_stack[0]), stack_mask)
     journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
@@ -273,8 +261,67 @@ def _hook_stack(
     after_stack = stack.LeaveStack(stack_mask, collects)
     journal.add_hook(plan.stack.register_forward_hook(after_stack, with_kwargs=True, prepend=True))
     if not collects:
-        after_model = stack.LeaveModel(config, mask, attentions, plan.num_layers)
+        after_model = stack.LeaveModel(
+            config, enter_model.mask, enter_model.wants_attentions, plan.num_layers
+        )
         journal.add_hook(base.register_forward_hook(after_model, with_kwargs=True, prepend=True))
+
+
+def _hook_globals(family: Family, plan: Plan, journal: Journal) -> None:
+    if plan.global_rows is not None:
+        prepend = stack.PrependGlobals(family.global_path)
+        journal.add_hook(plan.embeddings.register_forward_hook(prepend, prepend=True))
+
+
+def _check_of(base: nn.Module, config: LSGConfig) -> stack.EnterModel:
+    """What happens before a base model that has its embeddings outside of its stack."""
+    parameters = compat.forward_parameters(base)
+    return stack.EnterModel(
+        config,
+        ids=Argument.of(parameters, "input_ids"),
+        embeds=Argument.of(parameters, "inputs_embeds"),
+        mask=Argument.of(parameters, *compat.MASK_NAMES),
+        positions=Argument.of(parameters, "position_ids"),
+        head_mask=Argument.of(parameters, "head_mask"),
+        wants_attentions=Argument.of(parameters, "output_attentions"),
+        four_dimensions=compat.passes_masks_of_four_dimensions(base),
+        needs_head_mask=compat.expands_masks_without_head_mask(base),
+    )
+
+
+def _hook_causal_stack(
+    base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
+) -> None:
+    _hook_globals(family, plan, journal)
+    check = _check_of(base, config)
+    carrier = compat.CausalMaskCarrier.of(base, plan.num_layers)
+    of_base = compat.forward_parameters(base)
+    enter_model = causal.EnterCausalModel(
+        check,
+        cache=Argument.of(of_base, "past_key_values"),
+        carrier=carrier,
+        states=Argument.of(of_base, "encoder_hidden_states"),
+        states_mask=Argument.of(of_base, "encoder_attention_mask"),
+        cross_mask=compat.CrossMask.of(base),
+    )
+    journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
+    of_stack = compat.forward_parameters(plan.stack)
+    mask = Argument.of(of_stack, *compat.MASK_NAMES)
+    enter_stack = causal.EnterCausalStack(
+        config,
+        carrier,
+        hidden=Argument.of(of_stack, of_stack[0]),
+        mask=mask,
+        head_mask=Argument.of(of_stack, "head_mask"),
+    )
+    journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
+    # before other hooks on the outputs, which then see what the unpatched model gives
+    leave_stack = causal.LeaveCausalStack(mask)
+    journal.add_hook(plan.stack.register_forward_hook(leave_stack, with_kwargs=True, prepend=True))
+    if not compat.stack_collects_hidden_states(plan.stack):
+        leave_model = stack.LeaveModel(config, check.mask, check.wants_attentions, plan.num_layers)
+        leave_decoder = causal.LeaveCausalModel(leave_model, carrier)
+        journal.add_hook(base.register_forward_hook(leave_decoder, with_kwargs=True, prepend=True))
 
 
 def _hook_encoder(

@@ -27,7 +27,7 @@ class Plan:
     ``num_layers`` counts the layers that run, which may share one of ``attentions``; ``offset`` is
     the number of rows before that of position 0 in the table ``positions``, of which
     ``config.max_position_embeddings`` counts ``config_offset``; ``global_rows``
-    (num_global_tokens, width), or None for none.
+    (num_global_tokens, width), or None for none; ``is_causal`` that the model is a decoder.
     """
 
     attentions: list[nn.Module]
@@ -42,6 +42,7 @@ class Plan:
     decoder: nn.Module | None = None
     decoder_positions: nn.Embedding | None = None
     global_rows: Tensor | None = None
+    is_causal: bool = False
 
 
 def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any) -> Plan:
@@ -60,6 +61,9 @@ def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
         ) from error
     if not plan.attentions:
         raise ValueError(f"{type(base).__name__} has no layers: there is nothing to patch")
+    if getattr(base.config, "is_decoder", False):
+        _check_decoder(base, plan)
+        plan.is_causal = True
     _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
     _check_positions(base, plan, config)
     _warn_of_unseen_tokens(plan, family, config)
@@ -70,15 +74,18 @@ def make_plan(base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
 
 def _check_kind(base: nn.Module) -> None:
     model_config: Any = base.config
-    if getattr(model_config, "is_decoder", False):
-        raise ValueError(
-            "decoders (config.is_decoder=True) are not supported yet: set config.is_decoder=False "
-            "before loading, to use the model as an encoder"
-        )
     if compat.has_relative_positions(model_config):
         raise ValueError(
             f"position_embedding_type={model_config.position_embedding_type!r}: relative positions "
             "are part of the attention itself and cannot be patched; use a model with absolute ones"
+        )
+
+
+def _check_decoder(base: nn.Module, plan: Plan) -> None:
+    if not compat.can_decode(base, plan.stack):
+        raise ValueError(
+            f"config.is_decoder=True, but {type(base).__name__} is an encoder and no decoder: its "
+            "layers keep no keys (past_key_values); set config.is_decoder=False before it is made"
         )
 
 

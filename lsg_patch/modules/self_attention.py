@@ -13,6 +13,7 @@ from lsg_patch.attention import draw_projections, lsg_attention, projection_shap
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import AttentionNames, Family
 from lsg_patch.modules.arguments import Argument
+from lsg_patch.modules.causal import KeptKeys
 from lsg_patch.modules.stack import Layout
 from lsg_patch.undo import Journal
 
@@ -21,7 +22,8 @@ from lsg_patch.undo import Journal
 class AttentionState:
     """What a swapped module knows besides what it was: the settings, its family, its arguments.
 
-    ``outputs`` is how many values it returns; ``rounds`` the number of its projections for lsh.
+    ``outputs`` is how many values it returns; ``rounds`` the number of its projections for lsh;
+    ``kept`` where a decoder's module has earlier keys from (None: it is no decoder's).
     """
 
     config: LSGConfig
@@ -31,6 +33,7 @@ class AttentionState:
     mask: Argument
     outputs: int
     rounds: int
+    kept: KeptKeys | None = None
 
 
 class LSGSelfAttention(nn.Module):
@@ -46,7 +49,8 @@ class LSGSelfAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hidden states (B, num_global_tokens + T, width), and the stack's ``Layout`` as the mask.
 
-        Returns what the module gives, (B, num_global_tokens + T, width), and None for all else.
+        Returns what the module gives, (B, num_global_tokens + T, width), and None for all else but
+        the keys and values that a decoder keeps.
         """
         lsg = self.lsg
         config, names = lsg.config, lsg.names
@@ -61,6 +65,9 @@ class LSGSelfAttention(nn.Module):
         query, key, value = (
             x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2) for x in projected
         )
+        cached: tuple[Any, ...] = ()
+        if lsg.kept is not None:
+            key, value, cached = lsg.kept.extend(self, key, value, layout, args, kwargs)
         context = lsg_attention(
             query,
             key,
@@ -71,13 +78,14 @@ class LSGSelfAttention(nn.Module):
             sparsity_factor=config.sparsity_factor,
             sparsity_type=config.sparsity_type,
             num_global_tokens=config.num_global_tokens,
+            is_causal=lsg.kept is not None,
             lsh_num_pre_rounds=config.lsh_num_pre_rounds,
             lsh_projections=[getattr(self, _projection_name(i)) for i in range(lsg.rounds)],
             dropout_p=self._dropout_p(),
             backend=config.backend,
         )
         output = lsg.output(self, hidden, context.transpose(1, 2).flatten(2))
-        return (output,) + (None,) * (lsg.outputs - 1)
+        return (output,) + (None,) * (lsg.outputs - 1) + cached
 
     def _dropout_p(self) -> float:
         if not self.training:
@@ -104,9 +112,14 @@ def lsg_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def swap_attention(
-    module: nn.Module, config: LSGConfig, family: Family, seed: int, journal: Journal
+    module: nn.Module,
+    config: LSGConfig,
+    family: Family,
+    seed: int,
+    journal: Journal,
+    is_causal: bool = False,
 ) -> None:
-    """Make ``module`` attend by LSG."""
+    """Make ``module`` attend by LSG, to what stands before each token alone if ``is_causal``."""
     names = family.names
     shapes: list[tuple[int, int, int]] = []
     if config.sparsity_type == "lsh":
@@ -121,7 +134,8 @@ def swap_attention(
     hidden = Argument.of(parameters, parameters[0])
     mask = Argument.of(parameters, *compat.MASK_NAMES)
     outputs = compat.attention_outputs(module)
-    state = AttentionState(config, names, family.output, hidden, mask, outputs, len(shapes))
+    kept = KeptKeys.of(module, config) if is_causal else None
+    state = AttentionState(config, names, family.output, hidden, mask, outputs, len(shapes), kept)
     journal.set_attribute(module, "lsg", state)
     journal.set_class(module, lsg_class(type(module)))
 
