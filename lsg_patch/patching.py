@@ -65,6 +65,9 @@ def patch_model(
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
     In an encoder-decoder the encoder's self-attention is patched; the decoder's and the cross
     attention stay full, and only the decoder's position table grows as the encoder's does.
+    A decoder (``config.is_decoder``) attends block by block to what stands before each token. It
+    keeps keys and values as the unpatched one does; a step that is given a cache sees all of it.
+    Cross attention stays as it is.
 
     Args:
         model: a model of a supported family, with or without a head, or a module that holds one.
@@ -79,8 +82,8 @@ def patch_model(
         ``model`` itself.
 
     Raises:
-        ValueError: a setting is wrong, two do not fit, the model is patched already, is a decoder,
-            has relative positions, or a token id is not to be found.
+        ValueError: a setting is wrong, two do not fit, the model is patched already, is told to be a
+            decoder and is none, has relative positions, or a token id is not to be found.
         TypeError: ``model`` is not of a supported family.
 
     A patch that fails leaves the model as it was.

@@ -186,8 +186,8 @@ class TestShort:
 
 def generated(model: Any, ids: Tensor, mask: Tensor, **how: Any) -> Tensor:
     settings = {"max_length": ids.shape[1] + 5, "do_sample": False, "pad_token_id": 0}
-    text = model.generate(ids, attention_mask=mask, **{**settings, **how})
-    return text  # type: ignore[no-any-return]
+    text: Tensor = model.generate(ids, attention_mask=mask, **{**settings, **how})
+    return text[:, ids.shape[1] :]
 
 
 def make_endless(model: Any) -> Any:
@@ -208,7 +208,7 @@ class TestGenerate:
         mask = right_padded(12, 12)
         ids, how = ids_like(mask, family), {"use_cache": use_cache, "num_beams": num_beams}
         expected = generated(model, ids, mask, **how)
-        assert expected.shape == (2, 17)
+        assert expected.shape == (2, 5)
         with lsg_patch.patched(model, **SETTINGS, **stand_in(family)):
             assert torch.equal(generated(model, ids, mask, **how), expected)
 
@@ -231,10 +231,10 @@ class TestGenerate:
         lsg_patch.patch_model(model, **SMALL)
         how = {"use_cache": use_cache, "num_beams": num_beams}
         text = generated(model, ids, mask, **how)
-        assert text.shape == (2, 105)
+        assert text.shape == (2, 5)
         next_token = run(model, ids, mask)["logits"][:, -1].argmax(-1)
         if num_beams == 1:
-            assert torch.equal(text[:, 100], next_token)
+            assert torch.equal(text[:, 0], next_token)
 
 
 class TestLong:
@@ -429,20 +429,24 @@ class TestCrossAttention:
                 assert torch.equal(found, wanted)
             long = right_padded(200, 150)
             long_ids = ids_like(long, "bert")
-            logits = pair(input_ids=long_ids, attention_mask=long, decoder_input_ids=long_ids).logits
+            given = {"input_ids": long_ids, "attention_mask": long, "decoder_input_ids": long_ids}
+            logits = pair(**given).logits
             assert logits.shape[:2] == (2, 200) and torch.isfinite(logits).all()
         lsg_patch.unpatch_model(pair)
         assert_bitwise(values(pair), stored)
 
     def test_a_short_text_over_a_long_one_is_not_quadratic(self) -> None:
         model = self.decoder("bert", num_hidden_layers=1)
-        lsg_patch.patch_model(model, block_size=16, sparse_block_size=16)
         states, mask = torch.randn(1, 4096, 32), right_padded(4096)
         mask[:, 4000:] = 0
-        ids = ids_like(right_padded(512), "bert")
+        given = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
         with torch.no_grad(), peak_memory() as memory:
-            model(ids, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False)
-        # no (T, S) mask; scores are not written out by the fused attention either
+            model(ids_like(right_padded(64), "bert"), **given, use_cache=False)
+        if memory.largest_numel >= 4 * 64 * 4096:
+            pytest.skip("cross attention writes its scores out in this transformers")
+        lsg_patch.patch_model(model, block_size=16, sparse_block_size=16)
+        with torch.no_grad(), peak_memory() as memory:
+            model(ids_like(right_padded(512), "bert"), **given, use_cache=False)
         assert memory.largest_numel < 512 * 4096, memory.largest_shape
 
 

@@ -161,7 +161,7 @@ def _is_map(value: Any) -> bool:
 def _leave_heads(x: Tensor, layout: Layout) -> Tensor:
     """``x`` (B, H, g + T, D) of the stack as (B, H, T0, D), in the input's order."""
     rows = leave(x.transpose(1, 2).flatten(2), layout)
-    return rows.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
+    return rows.view(*rows.shape[:2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 @dataclass(frozen=True)

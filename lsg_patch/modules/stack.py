@@ -161,7 +161,7 @@ class EnterModel:
                 "attentions are None",
                 stacklevel=1,
             )
-        given = self.ids.get(args, kwargs)
+        given: Tensor | None = self.ids.get(args, kwargs)
         given = self.embeds.get(args, kwargs) if given is None else given
         if given is not None:
             has_positions = self.positions.get(args, kwargs) is not None
