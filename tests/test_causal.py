@@ -549,6 +549,11 @@ class TestInUse:
             ):
                 model(ids[:, :1], torch.ones(2, wrong), past_key_values=cache)
 
+    def test_a_stack_alone(self) -> None:
+        model = lsg_patch.patch_model(tiny_decoder("bert"), **SMALL)
+        with pytest.raises(ValueError, match="the layer stack of a patched decoder got no mask"):
+            model.encoder(torch.randn(1, 30, 32))
+
     def test_more_tokens_than_positions(self) -> None:
         settings = {**SMALL, "max_position_embeddings": 40}
         model = lsg_patch.patch_model(tiny_decoder("bert"), **settings)

@@ -105,8 +105,13 @@ class EnterCausalStack:
     head_mask: Argument
 
     def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        head_mask = self.head_mask.get(args, kwargs)
-        mask = self.carrier.unpack(self.mask.get(args, kwargs), head_mask)
+        head_mask, mask = self.head_mask.get(args, kwargs), self.mask.get(args, kwargs)
+        if head_mask is None and mask is None:
+            raise ValueError(
+                "the layer stack of a patched decoder got no mask, which its model makes: call the "
+                "whole model, or unpatch it"
+            )
+        mask = self.carrier.unpack(mask, head_mask)
         hidden, layout = enter_step(self.hidden.get(args, kwargs), mask, self.config)
         if head_mask is not None:
             # it has carried the mask; cross attention has no use for it
