@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -47,10 +48,14 @@ def expands_masks_without_head_mask(base: nn.Module) -> bool:
 
 def _is_imported_beside(base: nn.Module, function: str) -> bool:
     """Whether the file that a model's forward stands in has this function."""
+    return _imported_beside(base, function) is not None
+
+
+def _imported_beside(base: nn.Module, function: str) -> Callable[..., Any] | None:
     for cls in type(base).__mro__:
         if "forward" in vars(cls):
-            return hasattr(sys.modules[cls.__module__], function)
-    return False
+            return getattr(sys.modules[cls.__module__], function, None)
+    return None
 
 
 def stack_collects_hidden_states(stack: nn.Module) -> bool:
@@ -136,6 +141,136 @@ class MaskCarrier:
     def unpack_in_layer(self, packed: Tensor) -> Tensor:
         """(B, T), of a self-attention module's argument."""
         return packed[:, 0, 0] if self.layers is None else packed
+
+
+def can_decode(base: nn.Module, stack: nn.Module) -> bool:
+    """Whether a model that is told to be a decoder is one: it hands a cache on to its layers."""
+    return all("past_key_values" in forward_parameters(module) for module in (base, stack))
+
+
+def cached_length(cache: Any) -> int:
+    """How many tokens a cache holds: an object, or (up to 4.53) a tuple for each layer."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return int(cache[0][0].shape[2])
+
+
+@dataclass(frozen=True)
+class KeyCache:
+    """How a decoder's self-attention module is given earlier keys and values, and keeps its own.
+
+    4.54 and later hand on one object for all layers, which are told their index, and it is changed
+    in place; it may hold another one for cross attention. Before, each layer gets a tuple and
+    returns a longer one, also where nobody asked for it.
+
+    Attributes:
+        argument: of the module.
+        is_tuple: what is handed on.
+        takes_places: whether the module is also told at which places its tokens stand (up to 5.3).
+    """
+
+    argument: str
+    is_tuple: bool
+    takes_places: bool
+
+    @classmethod
+    def of(cls, attention: nn.Module) -> KeyCache:
+        parameters = forward_parameters(attention)
+        names = ("past_key_values", "past_key_value")
+        name = next((name for name in names if name in parameters), names[0])
+        return cls(name, not hasattr(attention, "layer_idx"), "cache_position" in parameters)
+
+    def extend(
+        self, attention: Any, cache: Any, key: Tensor, value: Tensor, places: Any
+    ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        """All keys and values (B, H, P + T, D), and what the module is to return besides."""
+        if self.is_tuple:
+            if cache is not None:
+                key, value = (
+                    torch.cat([old, new], dim=2)
+                    for old, new in zip(cache, (key, value), strict=True)
+                )
+            return key, value, ((key, value),)
+        if cache is not None:
+            own = getattr(cache, "self_attention_cache", cache)
+            more = ({"cache_position": places},) if self.takes_places else ()
+            key, value = own.update(key, value, attention.layer_idx, *more)
+        return key, value, ()
+
+
+@dataclass(frozen=True)
+class CausalMaskCarrier:
+    """How the padding mask (B, P + T) of a decoder comes through its model without growing.
+
+    Of a mask of two dimensions, and of none, decoders make one of (B, 1, T, P + T). Four are handed
+    on as they are (5.0 and later), three become (B, 1, 1, P + T) (before). With a head mask (4.x) no
+    mask is made for fused attention, and it reaches the stack also where the other one is dropped,
+    with a cache (BERT generation, up to 4.52).
+
+    Attributes:
+        four_dimensions: whether it is handed on with four.
+        layers: parts of the head mask; None: there is none.
+    """
+
+    four_dimensions: bool
+    layers: int | None
+
+    @classmethod
+    def of(cls, base: nn.Module, layers: int) -> CausalMaskCarrier:
+        has_head_mask = "head_mask" in forward_parameters(base)
+        return cls(
+            _is_imported_beside(base, "create_causal_mask"), layers if has_head_mask else None
+        )
+
+    def pack(self, mask: Tensor) -> Tensor:
+        """The model's mask argument that ``mask`` (B, P + T) travels as."""
+        return mask[:, None, None, :] if self.four_dimensions else mask[:, None, :]
+
+    def pack_as_head_mask(self, mask: Tensor) -> Tensor | None:
+        """The model's head mask that ``mask`` (B, P + T) travels as."""
+        if self.layers is None:
+            return None
+        return mask[None, :, None, None, :].expand(self.layers, -1, -1, -1, -1)
+
+    def unpack(self, mask: Tensor, head_mask: Any) -> Tensor:
+        """(B, P + T), of what became of the two arguments on their way."""
+        if isinstance(head_mask, Tensor):
+            return head_mask[0, :, 0, 0].to(torch.bool)
+        if mask.dim() == 3:
+            return mask[:, 0].to(torch.bool)
+        mask = mask[:, 0, 0]
+        return mask > -1 if mask.is_floating_point() else mask.to(torch.bool)
+
+
+@dataclass(frozen=True)
+class CrossMask:
+    """The mask of a decoder over the states of an encoder, for one query in place of each.
+
+    5.0 and later make it as long as the embeddings (``create_bidirectional_mask``, or None), which
+    is not as long as the stack's input; what has four dimensions they hand on as it is. Before,
+    it is made for all queries at once.
+    """
+
+    make: Callable[..., Any] | None
+    embeddings: str
+
+    @classmethod
+    def of(cls, base: nn.Module) -> CrossMask:
+        make = _imported_beside(base, "create_bidirectional_mask")
+        # 5.0 and 5.1 have another name
+        names = inspect.signature(make).parameters if make else {}
+        return cls(make, "input_embeds" if "input_embeds" in names else "inputs_embeds")
+
+    def of_one_query(self, config: Any, mask: Tensor | None, states: Tensor) -> Any:
+        """Of ``mask`` (B, S) over ``states`` (B, S, width), what the model is to be given."""
+        if self.make is None or mask is None or mask.dim() != 2:
+            return mask
+        embeddings = {self.embeddings: states[:, :1]}
+        return self.make(
+            config=config, attention_mask=mask, encoder_hidden_states=states, **embeddings
+        )
 
 
 def word_scale(embeddings: Any, words: Any) -> float:

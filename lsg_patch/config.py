@@ -35,7 +35,8 @@ class LSGConfig:
             without training. Computed tables (sinusoids) go on by their formula in either way.
         mask_first_token: hide the first real token of each row from the others, the first global
             token standing in for it. None: what suits the model's family.
-        pool_with_global: give the first global token's output as the first real token's.
+        pool_with_global: give the first global token's output as the first real token's. In a decoder
+            only where that token is masked: global tokens see none of its tokens.
         adaptive: pad inside the model to whole blocks; False: other lengths are an error.
         lsh_num_pre_rounds: rounds of hashing before the last one (lsh only).
         pass_global_tokens_to_decoder: encoder-decoders: let the decoder see the global tokens.

@@ -15,8 +15,8 @@ from torch import nn
 
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
-from lsg_patch.families import Family, Rotary, find_base
-from lsg_patch.modules import encoder, stack
+from lsg_patch.families import Family, find_base
+from lsg_patch.modules import causal, encoder, stack
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
@@ -93,6 +93,9 @@ def patch_model(
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
     In an encoder-decoder the encoder's self-attention is patched; the decoder's and the cross
     attention stay full, and only the decoder's position table grows as the encoder's does.
+    A decoder (``config.is_decoder``) attends block by block to what stands before each token. It
+    keeps keys and values as the unpatched one does; a step that is given a cache sees all of it.
+    Cross attention stays as it is.
     ``position_ids`` that are given are taken as they are: an input that has them may be longer than
     ``max_position_embeddings``. Hooks of yours on modules inside the layer stack see its rows,
     [global tokens | tokens | padding to whole blocks], not those of the input.
@@ -110,8 +113,8 @@ def patch_model(
         ``model`` itself.
 
     Raises:
-        ValueError: a setting is wrong, two do not fit, the model is patched already, is a decoder,
-            has relative positions, or a token id is not to be found.
+        ValueError: a setting is wrong, two do not fit, the model is patched already, is told to be a
+            decoder and is none, has relative positions, or a token id is not to be found.
         TypeError: ``model`` is not of a supported family.
 
     A patch that fails leaves the model as it was.
@@ -260,7 +263,8 @@ def _apply(
         journal.set_attribute(model_config, "max_position_embeddings", length + plan.config_offset)
     for index, module in enumerate(plan.attentions):
         # every layer its own projections; a seed gives the same ones each time
-        swap_attention(module, config, family, (config.seed or 0) + index, journal)
+        seed = (config.seed or 0) + index
+        swap_attention(module, config, family, seed, journal, plan.is_causal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
     _hook_edges(base, family, plan, config, journal)
@@ -273,6 +277,8 @@ def _hook_edges(
 ) -> None:
     """Hook what happens where the layers begin and where they end."""
     hook = _hook_encoder if family.embeds_in_stack else _hook_stack
+    if plan.is_causal:
+        hook = _hook_causal_stack
     hook(base, family, plan, config, journal)
 
 
@@ -281,27 +287,11 @@ def _hook_stack(
 ) -> None:
     for name in family.methods_left_out:
         journal.set_attribute(plan.stack, name, stack.leave_out)
-    of_base = compat.forward_parameters(base)
-    of_stack = compat.forward_parameters(plan.stack)
-    mask = Argument.of(of_base, *compat.MASK_NAMES)
-    attentions = Argument.of(of_base, "output_attentions")
-    four_dimensions = compat.passes_masks_of_four_dimensions(base)
-    enter_model = stack.EnterModel(
-        config,
-        ids=Argument.of(of_base, "input_ids"),
-        embeds=Argument.of(of_base, "inputs_embeds"),
-        mask=mask,
-        positions=Argument.of(of_base, "position_ids"),
-        head_mask=Argument.of(of_base, "head_mask"),
-        wants_attentions=attentions,
-        four_dimensions=four_dimensions,
-        needs_head_mask=compat.expands_masks_without_head_mask(base),
-        needs_mask=compat.takes_embeds_as_embedded(base) and not four_dimensions,
-    )
+    enter_model = _check_of(base, config)
     journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
-    if plan.rotary is not None:
-        _hook_positions(base, plan, plan.rotary, journal)
+    _hook_positions(base, plan, journal)
     _hook_embeddings(base, family, plan, journal)
+    of_stack = compat.forward_parameters(plan.stack)
     stack_mask = Argument.of(of_stack, *compat.MASK_NAMES)
     enter_stack = stack.EnterStack(
         config,
@@ -318,12 +308,34 @@ def _hook_stack(
     after_stack = stack.LeaveStack(stack_mask, collects)
     journal.add_hook(plan.stack.register_forward_hook(after_stack, with_kwargs=True, prepend=True))
     if not collects:
-        after_model = stack.LeaveModel(config, mask, attentions, plan.num_layers)
+        after_model = stack.LeaveModel(
+            config, enter_model.mask, enter_model.wants_attentions, plan.num_layers
+        )
         journal.add_hook(base.register_forward_hook(after_model, with_kwargs=True, prepend=True))
 
 
-def _hook_positions(base: nn.Module, plan: Plan, rotary: Rotary, journal: Journal) -> None:
+def _check_of(base: nn.Module, config: LSGConfig) -> stack.EnterModel:
+    """What happens before a base model that has its embeddings outside of its stack."""
+    parameters = compat.forward_parameters(base)
+    four_dimensions = compat.passes_masks_of_four_dimensions(base)
+    return stack.EnterModel(
+        config,
+        ids=Argument.of(parameters, "input_ids"),
+        embeds=Argument.of(parameters, "inputs_embeds"),
+        mask=Argument.of(parameters, *compat.MASK_NAMES),
+        positions=Argument.of(parameters, "position_ids"),
+        head_mask=Argument.of(parameters, "head_mask"),
+        wants_attentions=Argument.of(parameters, "output_attentions"),
+        four_dimensions=four_dimensions,
+        needs_head_mask=compat.expands_masks_without_head_mask(base),
+        needs_mask=compat.takes_embeds_as_embedded(base) and not four_dimensions,
+    )
+
+
+def _hook_positions(base: nn.Module, plan: Plan, journal: Journal) -> None:
     """Rotary positions of the stack's rows, where the model itself would count them."""
+    if plan.rotary is None:
+        return
     if compat.hands_rotation_to_stack(plan.stack):
         of_base = compat.forward_parameters(base)
         give = stack.GivePositions(
@@ -334,7 +346,7 @@ def _hook_positions(base: nn.Module, plan: Plan, rotary: Rotary, journal: Journa
             plan.global_positions,
         )
         journal.add_hook(base.register_forward_pre_hook(give, with_kwargs=True))
-    if rotary.table is not None and plan.positions is not None:
+    if plan.rotary.table is not None and plan.positions is not None:
         # the stack would read as many rows as it has; its layers get theirs with the layout
         one = encoder.FirstPosition(compat.PositionInput.of(plan.positions))
         journal.add_hook(plan.positions.register_forward_pre_hook(one))
@@ -363,6 +375,44 @@ def _hook_embeddings(base: nn.Module, family: Family, plan: Plan, journal: Journ
         embeds = Argument.of(compat.forward_parameters(base), "inputs_embeds")
         to_given = stack.PrependToGiven(prepend, family.embeddings, embeds)
         journal.add_hook(base.register_forward_pre_hook(to_given, with_kwargs=True))
+
+
+def _hook_causal_stack(
+    base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
+) -> None:
+    check = _check_of(base, config)
+    carrier = compat.CausalMaskCarrier.of(base, plan.num_layers)
+    of_base = compat.forward_parameters(base)
+    enter_model = causal.EnterCausalModel(
+        check,
+        cache=Argument.of(of_base, "past_key_values"),
+        carrier=carrier,
+        states=Argument.of(of_base, "encoder_hidden_states"),
+        states_mask=Argument.of(of_base, "encoder_attention_mask"),
+        cross_mask=compat.CrossMask.of(base),
+    )
+    journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
+    _hook_positions(base, plan, journal)
+    _hook_embeddings(base, family, plan, journal)
+    of_stack = compat.forward_parameters(plan.stack)
+    mask = Argument.of(of_stack, *compat.MASK_NAMES)
+    enter_stack = causal.EnterCausalStack(
+        config,
+        carrier,
+        hidden=Argument.of(of_stack, of_stack[0]),
+        mask=mask,
+        head_mask=Argument.of(of_stack, "head_mask"),
+        rotary=plan.rotary,
+        of_globals=plan.global_positions,
+    )
+    journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
+    # before other hooks on the outputs, which then see what the unpatched model gives
+    leave_stack = causal.LeaveCausalStack(mask)
+    journal.add_hook(plan.stack.register_forward_hook(leave_stack, with_kwargs=True, prepend=True))
+    if not compat.stack_collects_hidden_states(plan.stack):
+        leave_model = stack.LeaveModel(config, check.mask, check.wants_attentions, plan.num_layers)
+        leave_decoder = causal.LeaveCausalModel(leave_model, carrier)
+        journal.add_hook(base.register_forward_hook(leave_decoder, with_kwargs=True, prepend=True))
 
 
 def _hook_encoder(

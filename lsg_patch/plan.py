@@ -29,7 +29,8 @@ class Plan:
     the number of rows before that of position 0 in the table ``positions`` (None: there is no
     table), of which ``max_position_embeddings`` of the model's ``configs`` counts ``config_offset``;
     ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
-    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none.
+    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none; ``is_causal``
+    that the model is a decoder.
     """
 
     attentions: list[nn.Module]
@@ -47,6 +48,7 @@ class Plan:
     decoder: nn.Module | None = None
     decoder_positions: nn.Embedding | None = None
     global_rows: Tensor | None = None
+    is_causal: bool = False
 
 
 def make_plan(
@@ -67,6 +69,9 @@ def make_plan(
         ) from error
     if not plan.attentions:
         raise ValueError(f"{type(base).__name__} has no layers: there is nothing to patch")
+    if getattr(base.config, "is_decoder", False):
+        _check_decoder(base, plan)
+        plan.is_causal = True
     _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
     _check_positions(plan, config)
     _warn_of_unseen_tokens(plan, family, config)
@@ -77,15 +82,18 @@ def make_plan(
 
 def _check_kind(base: nn.Module) -> None:
     model_config: Any = base.config
-    if getattr(model_config, "is_decoder", False):
-        raise ValueError(
-            "decoders (config.is_decoder=True) are not supported yet: set config.is_decoder=False "
-            "before loading, to use the model as an encoder"
-        )
     if compat.has_relative_positions(model_config):
         raise ValueError(
             f"position_embedding_type={model_config.position_embedding_type!r}: relative positions "
             "are part of the attention itself and cannot be patched; use a model with absolute ones"
+        )
+
+
+def _check_decoder(base: nn.Module, plan: Plan) -> None:
+    if not compat.can_decode(base, plan.stack):
+        raise ValueError(
+            f"config.is_decoder=True, but {type(base).__name__} is an encoder and no decoder: its "
+            "layers keep no keys (past_key_values); set config.is_decoder=False before it is made"
         )
 
 

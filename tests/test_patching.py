@@ -578,11 +578,6 @@ class TestRefusals:
             lsg_patch.patch_model(pair)
         lsg_patch.patch_model(pair["query"], **SETTINGS)
 
-    def test_a_decoder(self) -> None:
-        model = tiny_model("bert", transformers.BertLMHeadModel, is_decoder=True)
-        with pytest.raises(ValueError, match="decoders"):
-            lsg_patch.patch_model(model)
-
     def test_relative_positions(self) -> None:
         model = tiny_model("bert")
         model.config.position_embedding_type = "relative_key"

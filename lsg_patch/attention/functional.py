@@ -99,7 +99,10 @@ def lsg_attention(
             (as in the reference's stand-alone layers), whatever the mask says of it. It stays in
             its place.
         is_causal: a token sees only what stands before it. The global rows then see each other
-            alone, and the sparse tokens of the left side are seen.
+            alone, and the sparse tokens of the left side are seen. Then ``key`` and ``value`` may have
+            more rows than ``query``, those of earlier tokens that were kept: (B, H, num_global_tokens
+            + P + T, D) and a mask (B, P + T), the queries being the last T; everything before a token
+            is seen by it.
         lsh_num_pre_rounds, lsh_projections, seed: for "lsh": rounds before the last one; the
             projections of all rounds, (H, D, hashes) each; or the seed that they are drawn from
             (None is seed 0). The global random state is neither read nor changed.
@@ -120,9 +123,9 @@ def lsg_attention(
     geometry = make_geometry(
         block_size, sparse_block_size, sparsity_factor, sparsity_type, is_causal
     )
-    _check_tensors(query, key, value, padding_mask, num_global_tokens)
+    _check_tensors(query, key, value, padding_mask, num_global_tokens, is_causal)
     if relative_bias is not None:
-        _check_bias(relative_bias, query, num_global_tokens)
+        _check_bias(relative_bias, key, num_global_tokens)
         relative_bias = relative_bias._replace(table=relative_bias.table.to(query.dtype))
     if backend not in BACKEND_NAMES:
         raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, not {backend!r}")
@@ -176,27 +179,19 @@ def _attention(
     """Attention of (B, H, N, D); ``selectable`` (B, T) are the tokens that selections may use."""
     geometry, dropout_p, scale = settings.geometry, settings.dropout_p, settings.scale
     bias = settings.bias
-    batch, length = query.shape[0], query.shape[2] - num_global
+    batch, length = query.shape[0], key.shape[2] - num_global
+    has_kept_keys = key.shape[2] > query.shape[2]
     of_tokens = slice(num_global, None)
 
     def bias_of(queries: slice, keys: slice) -> Tensor | None:
         return None if bias is None else bias.of_rows(num_global + length, queries, keys)
 
     seen = None if mask is None else F.pad(mask, (num_global, 0), value=True).unsqueeze(1)
-    if length <= geometry.full_length:
+    if length <= geometry.full_length or has_kept_keys:
         if not geometry.is_causal:
             added = bias_of(slice(None), slice(None))
             return dense.full_attention(query, key, value, seen, dropout_p, scale, bias=added)
-        out = dense.full_attention(
-            query[:, :, of_tokens],
-            key,
-            value,
-            seen,
-            dropout_p,
-            scale,
-            is_causal=True,
-            bias=bias_of(of_tokens, slice(None)),
-        )
+        out = _full_causal_attention(query[:, :, of_tokens], key, value, seen, settings)
     else:
         everything = query.new_ones(batch, 1, length + num_global, dtype=torch.bool)
         everything = everything if seen is None else seen
@@ -239,11 +234,36 @@ def _attention(
     return torch.cat([rows.transpose(1, 2), out.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
+def _full_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, settings: _Settings
+) -> Tensor:
+    """``query`` (B, H, n, D), the last of the (B, H, m, D) rows, over what stands before each.
+
+    Taken in parts, so that no mask is (n, m): many queries may meet many keys that were kept.
+    """
+    before, size, parts = key.shape[2] - query.shape[2], settings.geometry.full_length, []
+    for start in range(0, max(1, query.shape[2]), size):
+        part = query[:, :, start : start + size]
+        end = before + start + part.shape[2]
+        mask = None if seen is None else seen[:, :, :end]
+        keys, values = key[:, :, :end], value[:, :, :end]
+        bias = None
+        if settings.bias is not None:
+            rows = slice(before + start, end)
+            bias = settings.bias.of_rows(key.shape[2], rows, slice(end))
+        parts.append(
+            dense.full_attention(
+                part, keys, values, mask, settings.dropout_p, settings.scale, True, bias
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 def _with_first_token_in_front(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: _Settings
 ) -> Tensor:
     """Token 0 as a global token in front, and masked where it stands."""
-    length = query.shape[2]
+    length = key.shape[2]
     mask = query.new_ones(query.shape[0], length, dtype=torch.bool) if mask is None else mask
     query, key, value = (torch.cat([x[:, :, :1], x], dim=2) for x in (query, key, value))
     elsewhere = mask & (torch.arange(length, device=query.device) > 0)
@@ -260,8 +280,8 @@ def _with_first_token_in_front(
     return torch.cat([out[:, :, :1], out[:, :, 2:]], dim=2)
 
 
-def _check_bias(bias: RelativeBias, query: Tensor, num_global: int) -> None:
-    batch, heads, rows, _ = query.shape
+def _check_bias(bias: RelativeBias, key: Tensor, num_global: int) -> None:
+    batch, heads, rows, _ = key.shape
     table, positions = bias
     if table.dim() != 2 or table.shape[0] != heads or table.shape[1] % 2 == 0:
         raise ValueError(
@@ -280,19 +300,27 @@ def _check_bias(bias: RelativeBias, query: Tensor, num_global: int) -> None:
 
 
 def _check_tensors(
-    query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, num_global: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Tensor | None,
+    num_global: int,
+    is_causal: bool,
 ) -> None:
     if query.dim() != 4:
         raise ValueError(f"query must be (B, H, N, D), not of shape {tuple(query.shape)}")
+    batch, heads, rows, width = query.shape
+    if is_causal and key.dim() == 4:
+        rows = max(rows, key.shape[2])  # those of earlier tokens come with them
     for name, x in (("key", key), ("value", value)):
-        if x.shape != query.shape:
+        if x.shape != (batch, heads, rows, width):
             raise ValueError(
-                f"{name} must have the shape of query, {tuple(query.shape)}, not {tuple(x.shape)}"
+                f"{name} must have the shape of query, {tuple(query.shape)}, not {tuple(x.shape)}; "
+                "only with is_causal=True may there be more keys and values, of earlier tokens"
             )
-    batch, _, rows, _ = query.shape
-    if not 0 <= num_global <= rows:
+    if not 0 <= num_global <= query.shape[2]:
         raise ValueError(
-            f"num_global_tokens={num_global} must be from 0 to the {rows} rows of query"
+            f"num_global_tokens={num_global} must be from 0 to the {query.shape[2]} rows of query"
         )
     if padding_mask is None:
         return

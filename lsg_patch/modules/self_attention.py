@@ -14,6 +14,7 @@ from lsg_patch.attention.rotary import rotate
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import AttentionNames, Family, Rotary
 from lsg_patch.modules.arguments import Argument
+from lsg_patch.modules.causal import KeptKeys
 from lsg_patch.modules.stack import Layout
 from lsg_patch.undo import Journal
 
@@ -23,6 +24,7 @@ class AttentionState:
     """What a swapped module knows besides what it was: the settings, its family, its arguments.
 
     ``outputs`` is how many values it returns; ``rounds`` the number of its projections for lsh;
+    ``kept`` where a decoder's module has earlier keys from (None: it is no decoder's);
     ``journal`` has all that was changed of it, so that a copy of it alone can be reverted too.
     """
 
@@ -34,6 +36,7 @@ class AttentionState:
     outputs: int
     rounds: int
     rotary: Rotary | None
+    kept: KeptKeys | None
     journal: Journal = field(repr=False, compare=False)
 
 
@@ -50,7 +53,8 @@ class LSGSelfAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hidden states (B, num_global_tokens + T, width), and the stack's ``Layout`` as the mask.
 
-        Returns what the module gives, (B, num_global_tokens + T, width), and None for all else.
+        Returns what the module gives, (B, num_global_tokens + T, width), and None for all else but
+        the keys and values that a decoder keeps.
         """
         lsg = self.lsg
         config, names = lsg.config, lsg.names
@@ -70,6 +74,9 @@ class LSGSelfAttention(nn.Module):
             key = rotate(key, layout.rotation, lsg.rotary.interleaved)
             if lsg.rotary.turns_values(self):
                 value = rotate(value, layout.rotation, lsg.rotary.interleaved)
+        cached: tuple[Any, ...] = ()
+        if lsg.kept is not None:
+            key, value, cached = lsg.kept.extend(self, key, value, layout, args, kwargs)
         context = lsg_attention(
             query,
             key,
@@ -80,6 +87,7 @@ class LSGSelfAttention(nn.Module):
             sparsity_factor=config.sparsity_factor,
             sparsity_type=config.sparsity_type,
             num_global_tokens=config.num_global_tokens,
+            is_causal=lsg.kept is not None,
             lsh_num_pre_rounds=config.lsh_num_pre_rounds,
             lsh_projections=[getattr(self, _projection_name(i)) for i in range(lsg.rounds)],
             dropout_p=self._dropout_p(),
@@ -87,7 +95,7 @@ class LSGSelfAttention(nn.Module):
             backend=config.backend,
         )
         output = lsg.output(self, hidden, context.transpose(1, 2).flatten(2))
-        return (output,) + (None,) * (lsg.outputs - 1)
+        return (output,) + (None,) * (lsg.outputs - 1) + cached
 
     def _dropout_p(self) -> float:
         if not self.training:
@@ -114,9 +122,14 @@ def lsg_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def swap_attention(
-    module: nn.Module, config: LSGConfig, family: Family, seed: int, journal: Journal
+    module: nn.Module,
+    config: LSGConfig,
+    family: Family,
+    seed: int,
+    journal: Journal,
+    is_causal: bool = False,
 ) -> None:
-    """Make ``module`` attend by LSG."""
+    """Make ``module`` attend by LSG, to what stands before each token alone if ``is_causal``."""
     own = Journal()
     journal.record(own)
     names = family.names
@@ -133,8 +146,18 @@ def swap_attention(
     hidden = Argument.of(parameters, parameters[0])
     mask = Argument.of(parameters, *compat.MASK_NAMES)
     outputs = compat.attention_outputs(module)
+    kept = KeptKeys.of(module, config) if is_causal else None
     state = AttentionState(
-        config, names, family.output, hidden, mask, outputs, len(shapes), family.rotary, own
+        config,
+        names,
+        family.output,
+        hidden,
+        mask,
+        outputs,
+        len(shapes),
+        family.rotary,
+        kept,
+        own,
     )
     own.set_attribute(module, "lsg", state)
     own.set_class(module, lsg_class(type(module)))

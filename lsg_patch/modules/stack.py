@@ -114,6 +114,7 @@ def enter(
     config: LSGConfig,
     rotation: tuple[Tensor, Tensor] | None = None,
     bias: RelativeBias | None = None,
+    pool: bool = True,
 ) -> tuple[Tensor, Layout]:
     """``hidden`` (B, g + T0, width), as the embeddings gave it, laid out for the stack.
 
@@ -123,7 +124,7 @@ def enter(
     num_global = config.num_global_tokens
     length = hidden.shape[1] - num_global
     placement = place(mask, length, config, hidden.device)
-    layout = _layout(mask, length, config, placement)
+    layout = _layout(mask, length, config, placement, pool)
     missing = placement.tokens.shape[1] - length
     globals_ = torch.arange(num_global, device=hidden.device).expand(len(placement.tokens), -1)
     rows = torch.cat([globals_, num_global + placement.tokens], dim=1)
@@ -176,6 +177,23 @@ class EnterModel:
     needs_mask: bool = False
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        given = self.checked_input(base, args, kwargs)
+        if given is None:
+            return args, kwargs  # the model itself has an error for this
+        if self.needs_head_mask:
+            # of no effect but to keep the padding mask compact: the patched layers do not read it
+            args, kwargs = self.head_mask.put(torch.ones(1, device=given.device), args, kwargs)
+        mask = self.checked_mask(given, args, kwargs)
+        if mask is None:
+            return args, kwargs
+        if self.four_dimensions:
+            mask = mask[:, None, None, :].to(torch.bool)
+        return self.mask.put(mask, args, kwargs)
+
+    def checked_input(
+        self, base: nn.Module, args: Args, kwargs: Kwargs, cached: int = 0
+    ) -> Tensor | None:
+        """The ids (B, T), or what is given in their place, after ``cached`` tokens."""
         if self.head_mask.get(args, kwargs) is not None:
             raise ValueError("head_mask is not supported while a model is patched: pass None")
         if wants(self.wants_attentions, base, args, kwargs):
@@ -184,18 +202,21 @@ class EnterModel:
                 "attentions are None",
                 stacklevel=1,
             )
-        given = self.ids.get(args, kwargs)
+        given: Tensor | None = self.ids.get(args, kwargs)
         given = self.embeds.get(args, kwargs) if given is None else given
-        if given is None:
-            return args, kwargs  # the model itself has an error for this
-        batch, length = given.shape[:2]
-        self._check_length(length, self.positions.get(args, kwargs) is not None)
-        if self.needs_head_mask:
-            # of no effect but to keep the padding mask compact: the patched layers do not read it
-            args, kwargs = self.head_mask.put(torch.ones(1, device=given.device), args, kwargs)
+        if given is not None:
+            has_positions = self.positions.get(args, kwargs) is not None
+            self._check_length(given.shape[1], has_positions, cached)
+        return given
+
+    def checked_mask(
+        self, given: Tensor, args: Args, kwargs: Kwargs, cached: int = 0
+    ) -> Tensor | None:
+        """The padding mask (B, cached + T) of the input that is ``given``, if there is one."""
         mask = self.mask.get(args, kwargs)
+        batch, length = given.shape[0], cached + given.shape[1]
         if mask is None and not self.needs_mask:
-            return args, kwargs
+            return None
         if mask is None:  # the model would make one that counts the global tokens
             mask = torch.ones(batch, length, device=given.device)
         if mask.dim() != 2 or mask.shape[1] != length or mask.shape[0] not in (1, batch):
@@ -203,21 +224,18 @@ class EnterModel:
                 f"attention_mask must be (B, T) = {(batch, length)}, 1 for tokens and 0 for padding, "
                 f"while a model is patched, not of shape {tuple(mask.shape)}"
             )
-        mask = mask.expand(batch, length)
-        if self.four_dimensions:
-            mask = mask[:, None, None, :].to(torch.bool)
-        return self.mask.put(mask, args, kwargs)
+        return mask.expand(batch, length)  # type: ignore[no-any-return]
 
-    def _check_length(self, length: int, has_positions: bool) -> None:
-        config = self.config
+    def _check_length(self, length: int, has_positions: bool, cached: int) -> None:
+        config, total = self.config, cached + length
         if length == 0:
             raise ValueError("the input has no tokens: its length is 0")
-        if length > config.max_position_embeddings and not has_positions:
+        if total > config.max_position_embeddings and not has_positions:
             raise ValueError(
-                f"the input has {length} tokens, the patched model {config.max_position_embeddings} "
+                f"the input has {total} tokens, the patched model {config.max_position_embeddings} "
                 "positions: truncate it, or patch with a larger max_position_embeddings"
             )
-        if not config.adaptive and config.geometry().padded(length) != length:
+        if not config.adaptive and not cached and config.geometry().padded(length) != length:
             raise ValueError(
                 f"adaptive=False and the input's {length} tokens are no multiple of "
                 f"block_size={config.block_size}: pad it, or patch with adaptive=True"
@@ -380,7 +398,7 @@ class LeaveStack:
                 return tuple(leave(x, layout) for x in value)
             return value
 
-        return _map_output(output, give_back)
+        return map_output(output, give_back)
 
 
 @dataclass(frozen=True)
@@ -396,6 +414,13 @@ class LeaveModel:
         last = output[0]
         mask = as_padding_mask(self.mask.get(args, kwargs))
         layout = lay_out(mask, last.shape[1], self.config, last.device)
+        return self.with_layout(layout, base, args, kwargs, output)
+
+    def with_layout(
+        self, layout: Layout, base: nn.Module, args: Args, kwargs: Kwargs, output: Any
+    ) -> Any:
+        """``output`` of a model whose input lay in the stack as ``layout`` says."""
+        last = output[0]
 
         def give_back(value: Any) -> Any:
             if _are_hidden_states(value):
@@ -403,7 +428,7 @@ class LeaveModel:
                 return tuple(x if x is last else leave(x, layout) for x in value)
             return value
 
-        output = _map_output(output, give_back)
+        output = map_output(output, give_back)
         if not isinstance(output, tuple) and wants(self.wants_attentions, base, args, kwargs):
             output["attentions"] = (None,) * self.num_layers
         return output
@@ -436,7 +461,7 @@ def map_hidden_states(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
             return change(value)
         return tuple(change(x) for x in value) if _are_hidden_states(value) else value
 
-    return _map_output(output, changed)
+    return map_output(output, changed)
 
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -454,7 +479,7 @@ def _are_hidden_states(value: Any) -> bool:
     )
 
 
-def _map_output(output: Any, change: Any) -> Any:
+def map_output(output: Any, change: Any) -> Any:
     """``change`` applied to the values of a model output, of a tuple, or of a lone tensor."""
     if isinstance(output, Tensor):
         return change(output)

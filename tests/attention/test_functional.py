@@ -227,6 +227,29 @@ def test_equals_the_oracle(sparsity_type: str, first_token_global: bool, example
     check()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kept", [1, 7, 40])
+@pytest.mark.parametrize("new", [1, 3, 16, 37])
+@pytest.mark.parametrize("first", ["none", "globals", "first_token"])
+def test_keys_that_were_kept(backend: str, kept: int, new: int, first: str) -> None:
+    """The last queries over all keys: full causal attention, beyond two blocks as well."""
+    g, tokens = {"globals": 2}.get(first, 0), kept + new
+    inputs = _inputs(2, HEADS, g + tokens, HEAD_DIM)
+    mask = torch.ones(2, tokens)
+    mask[0, : kept // 2], mask[1, kept // 2] = 0, 0
+    if first == "first_token":
+        mask[:, 0] = 1
+    how: dict[str, Any] = {"num_global_tokens": g, "first_token_global": first == "first_token"}
+    how |= {"padding_mask": mask, "is_causal": True}
+    expected, sees_key = oracle_attention(*inputs, **how, block_size=tokens)
+    query = torch.cat([inputs.query[:, :, :g], inputs.query[:, :, g + kept :]], dim=2)
+    actual = lsg_attention(query, *inputs[1:], **how, block_size=8, backend=backend)
+    assert actual.shape == query.shape and actual.isfinite().all()
+    expected, sees_key = expected[:, :, g + kept :], sees_key[:, g + kept :]
+    assert sees_key.any()
+    assert _error_where_defined(actual[:, :, g:], expected, sees_key) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("block_size", "sparse_block_size", "sparsity_factor"),
     [(12, 14, 2), (8, 10, 2), (16, 20, 2), (12, 8, 2), (8, 6, 2), (16, 12, 2), (4, 9, 1)],
@@ -670,6 +693,23 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "mask with globals": ({"padding_mask": torch.ones(2, TOKENS + 2)}, "padding_mask"),
     "mask of another batch": ({"padding_mask": torch.ones(3, TOKENS)}, "padding_mask"),
     "mask of four dimensions": ({"padding_mask": torch.ones(2, 1, 1, TOKENS)}, "padding_mask"),
+    "more keys without is_causal": (
+        {x: torch.ones(2, HEADS, TOKENS + 9, HEAD_DIM) for x in ("key", "value")},
+        "key .*only with is_causal=True",
+    ),
+    "fewer keys": (
+        {"key": torch.ones(2, HEADS, TOKENS, HEAD_DIM), "is_causal": True},
+        "key must have the shape of query",
+    ),
+    "more keys than values": (
+        {"key": torch.ones(2, HEADS, TOKENS + 9, HEAD_DIM), "is_causal": True},
+        "value must have the shape of query",
+    ),
+    "mask without kept tokens": (
+        {x: torch.ones(2, HEADS, TOKENS + 9, HEAD_DIM) for x in ("key", "value")}
+        | {"is_causal": True, "padding_mask": torch.ones(2, TOKENS)},
+        "padding_mask",
+    ),
     "key of another length": ({"key": torch.ones(2, HEADS, TOKENS, HEAD_DIM)}, "key"),
     "key of another head size": ({"key": torch.ones(2, HEADS, TOKENS + 2, 3)}, "key"),
     "value of another batch": ({"value": torch.ones(1, HEADS, TOKENS + 2, HEAD_DIM)}, "value"),

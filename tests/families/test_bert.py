@@ -23,12 +23,16 @@ def test_a_global_token_of_ernie_has_the_first_task(use_task_id: bool) -> None:
 
 
 def test_bert_generation_is_an_encoder_unless_its_config_says_decoder() -> None:
-    decoder = tiny_model("bert-generation", transformers.BertGenerationDecoder, is_decoder=True)
-    with pytest.raises(ValueError, match="decoders"):
-        lsg_patch.patch_model(decoder)
-    encoder = lsg_patch.patch_model(tiny_model("bert-generation"))
-    # inputs do not begin with cls, so nothing stands in for their first token
-    assert lsg_patch.get_config(encoder).mask_first_token is False
+    ids = ids_like(right_padded(50), "bert-generation")
+    other = ids.clone()
+    other[0, -1] = 7
+    for is_decoder in (False, True):
+        cls = transformers.BertGenerationDecoder if is_decoder else None
+        model = lsg_patch.patch_model(tiny_model("bert-generation", cls, is_decoder=is_decoder))
+        # inputs do not begin with cls, so nothing stands in for their first token
+        assert lsg_patch.get_config(model).mask_first_token is False
+        (first, second) = (next(iter(run(model, x, None).values())) for x in (ids, other))
+        assert torch.equal(first[:, :-1], second[:, :-1]) is is_decoder
 
 
 def test_languages_of_xmod_are_given_for_each_row() -> None:
