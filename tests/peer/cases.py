@@ -12,7 +12,7 @@ from tests import models, seq2seq
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert", "bart")
 POSITIONS = models.POSITIONS
-BATCH, LENGTH = 4, 12
+BATCH, LENGTH = 4, 13
 MASK = models.right_padded(LENGTH, LENGTH - 5, LENGTH, LENGTH - 1)
 
 
