@@ -395,7 +395,7 @@ class LeaveStack:
             if isinstance(value, Tensor):
                 return leave(value, layout)
             if self.collects_hidden_states and _are_hidden_states(value):
-                return tuple(leave(x, layout) for x in value)
+                return tuple(None if x is None else leave(x, layout) for x in value)
             return value
 
         return map_output(output, give_back)
@@ -425,7 +425,7 @@ class LeaveModel:
         def give_back(value: Any) -> Any:
             if _are_hidden_states(value):
                 # the last one was replaced by the output, which has left the stack already
-                return tuple(x if x is last else leave(x, layout) for x in value)
+                return tuple(x if x is None or x is last else leave(x, layout) for x in value)
             return value
 
         output = map_output(output, give_back)
@@ -459,7 +459,9 @@ def map_hidden_states(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     def changed(value: Any) -> Any:
         if isinstance(value, Tensor):
             return change(value)
-        return tuple(change(x) for x in value) if _are_hidden_states(value) else value
+        if _are_hidden_states(value):
+            return tuple(None if x is None else change(x) for x in value)
+        return value
 
     return map_output(output, changed)
 
@@ -474,8 +476,11 @@ def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _are_hidden_states(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(
-        isinstance(x, Tensor) and x.dim() == 3 for x in value
+    # None stands for one that was not asked for (5.23 takes a list of layers)
+    return (
+        isinstance(value, (tuple, list))
+        and any(x is not None for x in value)
+        and all(x is None or (isinstance(x, Tensor) and x.dim() == 3) for x in value)
     )
 
 

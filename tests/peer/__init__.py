@@ -1,0 +1,1 @@
+"""A peer's suite: transformers' own tests of its models, run on patched ones."""
