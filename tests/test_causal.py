@@ -67,11 +67,17 @@ def language_model(family: str, **overrides: Any) -> Any:
 
 def positions_in_text(model: Any, family: str, mask: Tensor) -> Tensor:
     """Position ids that count from each row's first token, wherever it stands."""
-    base = getattr(model, "base_model", model)
-    offset = lsg_patch.families.FAMILIES[family].position_offset(
-        base.embeddings.position_embeddings
-    )
+    known = lsg_patch.families.FAMILIES[family]
+    offset = 0
+    if known.positions is not None:
+        embeddings = getattr(model, "base_model", model).embeddings
+        offset = known.position_offset(getattr(embeddings, known.positions))
     return (mask.cumsum(1) - 1).clamp(min=0) + offset
+
+
+def at(model: Any, positions: Tensor) -> dict[str, Tensor]:
+    """The argument for positions, where a model has one (with rotary positions it needs none)."""
+    return {"position_ids": positions} if takes(model, "position_ids") else {}
 
 
 def keys_of(cache: Any, layer: int) -> Tensor:
@@ -146,7 +152,7 @@ class TestShort:
         model = tiny_decoder(family)
         mask = right_padded(15, 15) if padding == "none" else LEFT[:, :15]
         ids, positions = ids_like(mask, family), positions_in_text(model, family, mask)
-        expected = run(model, ids, mask, position_ids=positions, use_cache=False)
+        expected = run(model, ids, mask, use_cache=False, **at(model, positions))
         plain = tiny_decoder(family)(ids[:, :10], use_cache=True).past_key_values
         settings = {**SETTINGS, "num_global_tokens": num_global_tokens}
         if num_global_tokens:
@@ -158,9 +164,9 @@ class TestShort:
                 output = model(
                     input_ids=ids[:, start:end],
                     attention_mask=mask[:, :end],
-                    position_ids=positions[:, start:end],
                     past_key_values=cache,
                     use_cache=True,
+                    **at(model, positions[:, start:end]),
                 )
             cache = output.past_key_values
             assert type(cache) is type(plain)
@@ -257,9 +263,9 @@ class TestLong:
                     output = model(
                         given[:, start:end],
                         attention_mask=given_mask[:, :end],
-                        position_ids=where[:, start:end],
                         past_key_values=cache,
                         use_cache=True,
+                        **at(model, where[:, start:end]),
                     )
                 cache = output.past_key_values
                 found.append(output.last_hidden_state)
