@@ -91,9 +91,9 @@ def test_the_same_again_is_no_error() -> None:
             "relative_bias must be a function",
         ),
         (
-            Family("other", ("OtherModel",), relative_bias=len, edge="encoder"),  # type: ignore[arg-type]
+            Family("other", ("OtherModel",), relative_bias=len, stack="embeddings"),  # type: ignore[arg-type]
             ValueError,
-            'relative_bias needs edge="stack"',
+            "relative_bias needs embeddings outside of the stack",
         ),
         (Family("other", ("OtherModel",), names="query"), TypeError, "names must be Attention"),  # type: ignore[arg-type]
         ("other", TypeError, "Family is registered, not str"),
