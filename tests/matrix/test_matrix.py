@@ -95,21 +95,26 @@ def test_gradient_checkpointing(specimen: Specimen) -> None:
     model = specimen.model()
     if not model.supports_gradient_checkpointing:
         pytest.skip(f"{specimen.family} has no gradient checkpointing in this transformers")
-    lsg_patch.patch_model(model, **SETTINGS).train()
     runs: list[int] = []
     specimen.query(model).register_forward_hook(lambda *_: runs.append(1))
-    expected = gradients(specimen, model)
     enable_checkpointing(model, use_reentrant=False)
-    actual = gradients(specimen, model)
-    assert len(runs) == 3, "the layer runs again in backward"
+    gradients(specimen, model, SHORT)
+    if len(runs) == 1:  # mBART before 4.31
+        pytest.skip(f"{specimen.family} does not checkpoint its encoder in this transformers")
+    lsg_patch.patch_model(model, **SETTINGS)
+    actual = gradients(specimen, model, LONG)
+    assert len(runs) == 4, "the layer runs again in backward"
+    plain = lsg_patch.patch_model(specimen.model(), **SETTINGS)
+    expected = gradients(specimen, plain, LONG)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def gradients(specimen: Specimen, model: Any) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    model(**specimen.inputs(model, LONG)).last_hidden_state.pow(2).sum().backward()
+def gradients(specimen: Specimen, model: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.train().zero_grad()
+    model(**specimen.inputs(model, mask)).last_hidden_state.pow(2).sum().backward()
+    model.eval()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -134,10 +139,10 @@ def test_no_deprecation_is_ours(specimen: Specimen, tmp_path: Path) -> None:
         specimen.run(model, SHORT)
         specimen.hidden_states(model, SHORT)
         specimen.run(model, SHORT, output_attentions=True)
-        gradients_of(specimen, model)
+        gradients(specimen, model, SHORT)
         if model.supports_gradient_checkpointing:
             enable_checkpointing(model, use_reentrant=False)
-            gradients_of(specimen, model)
+            gradients(specimen, model, SHORT)
         model.save_pretrained(tmp_path)
 
     with deprecations() as unpatched:
@@ -147,12 +152,6 @@ def test_no_deprecation_is_ours(specimen: Specimen, tmp_path: Path) -> None:
         use(model)
         lsg_patch.unpatch_model(model)
     assert patched - unpatched == set()
-
-
-def gradients_of(specimen: Specimen, model: Any) -> None:
-    model.train()
-    model(**specimen.inputs(model, SHORT)).last_hidden_state.sum().backward()
-    model.eval()
 
 
 def test_deprecations_are_seen() -> None:
