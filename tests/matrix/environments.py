@@ -32,7 +32,7 @@ def env_list() -> list[str]:
         lambda m: ", ".join(m[1] + factor for factor in m[2].split(",")),
         text,
     )
-    return text.split(", ")
+    return re.findall(r"[\w-]+", text)
 
 
 def pinned() -> dict[str, Pins]:

@@ -43,7 +43,7 @@ def test_lossless_at_short_length(specimen: Specimen) -> None:
 
 
 def test_a_head(specimen: Specimen) -> None:
-    """Lossless at short length, and something else at a length that it could not read."""
+    """Lossless at short length, and it reads what was too long for it."""
     model = specimen.model(specimen.head())
     expected = specimen.run(model, SHORT)
     with lsg_patch.patched(model, **SETTINGS, **stand_in(specimen.family)):
