@@ -1,5 +1,9 @@
 """LSG attention for models of the BERT family: long inputs by one line, in place, and back."""
 
+from lsg_patch import requirements
+
+requirements.check()  # before an import fails that says less
+
 from lsg_patch.attention import RelativeBias, lsg_attention
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import AttentionNames, Family, Rotary, register_family

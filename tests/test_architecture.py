@@ -27,6 +27,7 @@ FORBIDDEN = {
     "modules": ("transformers", "plan", "patching", "tokenizer"),
     "plan.py": ("patching", "cli", "demo"),
     "patching.py": ("cli", "demo", "memory"),
+    "requirements.py": ("torch", "transformers", "compat"),
     "undo.py": ("transformers", "families", "modules", "attention", "config"),
 }
 
@@ -58,8 +59,33 @@ def test_attention_needs_torch_alone() -> None:
         assert not others, (file, others)
 
 
+# numbers are compared in requirements.py; compat.py may, where nothing else tells
+MAY_COMPARE_VERSIONS = {"compat.py", "requirements.py"}
+
+
 def test_versions_are_told_apart_in_compat_alone() -> None:
-    pattern = re.compile(r"transformers\.__version__|version\.parse|Version\(|torch\.__version__")
+    pattern = re.compile(
+        r"transformers\.__version__|version\.parse|Version\(|torch\.__version__|version_info"
+        r"|torch_version|is_torch_(greater|less)"
+    )
     for file in FILES:
-        if file.name != "compat.py":
+        if file.name not in MAY_COMPARE_VERSIONS:
             assert not pattern.search(file.read_text(encoding="utf-8")), file
+            assert not compared_versions(file), file
+
+
+def compared_versions(file: Path) -> list[str]:
+    """Comparisons in which something is called a version."""
+    compared = [
+        node
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare)
+    ]
+    return [text for text in map(ast.unparse, compared) if "version" in text.lower()]
+
+
+def test_a_comparison_of_versions_is_seen(tmp_path: Path) -> None:
+    assert compared_versions(ROOT / "requirements.py")
+    file = tmp_path / "new.py"
+    file.write_text("if metadata.version('transformers') >= '5': pass", encoding="utf-8")
+    assert compared_versions(file)
