@@ -6,8 +6,12 @@ from torch import nn
 
 _OWN_SPARSE = "its attention is sparse already, so that it reads long inputs as it is"
 _USE_OTHER = "patch a BERT, RoBERTa or ELECTRA model of the same language or domain"
-_BIASED = (
-    "its attention scores depend on the distance of two tokens, which global tokens do not have"
+_DISENTANGLED = (
+    "its attention scores have terms of one token's content with its distance from the other, which "
+    "pooled and global tokens do not have"
+)
+_BIASED_BY_FIRST_LAYER = (
+    "its first layer makes a bias for all pairs of tokens, which the other layers go on with"
 )
 _AS_IT_IS = "use it unpatched"
 
@@ -18,8 +22,8 @@ REFUSED: dict[str, tuple[str, str]] = {
         "half of its heads are convolutions over neighbouring tokens, which global tokens are not",
         _USE_OTHER,
     ),
-    "DebertaPreTrainedModel": (_BIASED, _USE_OTHER),
-    "DebertaV2PreTrainedModel": (_BIASED, _USE_OTHER),
+    "DebertaPreTrainedModel": (_DISENTANGLED, _USE_OTHER),
+    "DebertaV2PreTrainedModel": (_DISENTANGLED, _USE_OTHER),
     "LongformerPreTrainedModel": (_OWN_SPARSE, _AS_IT_IS),
     "LukePreTrainedModel": (
         "its attention is over words and entities, two sequences with queries of their own",
@@ -33,9 +37,9 @@ REFUSED: dict[str, tuple[str, str]] = {
         "it reads 8192 tokens and alternates local and global attention already",
         _AS_IT_IS,
     ),
-    "MT5PreTrainedModel": (_BIASED, "use LongT5, which is made for long inputs"),
-    "T5PreTrainedModel": (_BIASED, "use LongT5, which is made for long inputs"),
-    "UMT5PreTrainedModel": (_BIASED, "use LongT5, which is made for long inputs"),
+    "MT5PreTrainedModel": (_BIASED_BY_FIRST_LAYER, "use LongT5, which is made for long inputs"),
+    "T5PreTrainedModel": (_BIASED_BY_FIRST_LAYER, "use LongT5, which is made for long inputs"),
+    "UMT5PreTrainedModel": (_BIASED_BY_FIRST_LAYER, "use LongT5, which is made for long inputs"),
 }
 
 
