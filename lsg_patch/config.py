@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lsg_patch.attention import BACKEND_NAMES, Geometry, make_geometry
+from lsg_patch.attention import Geometry, check_backend, make_geometry
 
 MAX_GLOBAL_TOKENS = 512
 
@@ -34,7 +34,7 @@ class LSGConfig:
         attention_probs_dropout_prob: None: the model's own.
         global_positional_stride: distance between the positions that initial global tokens take.
         random_global_init: draw initial global tokens from the words' distribution.
-        backend: auto, dense or sdpa.
+        backend: auto, dense, sdpa or flex: see ``lsg_attention``.
         seed: for lsh and random_global_init; None is seed 0. Torch's global state is not used.
 
     Raises:
@@ -85,10 +85,7 @@ class LSGConfig:
             raise ValueError(
                 f"attention_probs_dropout_prob must be in [0, 1) or None, not {rate!r}"
             )
-        if self.backend not in BACKEND_NAMES:
-            raise ValueError(
-                f"backend must be one of {', '.join(BACKEND_NAMES)}, not {self.backend!r}"
-            )
+        check_backend(self.backend)
         if self.mask_first_token:
             self._check_first_token()
 
