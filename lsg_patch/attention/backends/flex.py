@@ -155,6 +155,10 @@ def plan_of(geometry: Geometry, blocks: int, num_global: int, device: torch.devi
     sizes = [-(-count // tile) * tile for count, _ in parts]
     sizes[0] = max(sizes[0], 2 * tile)
     query_tiles = max(2, -(-length // QUERY_TILE))
+    if sum(sizes) == query_tiles * QUERY_TILE:
+        # torch would take keys and queries for the same size, and compile for that case alone (or,
+        # on a CPU with torch 2.13, write code that is none)
+        sizes[-1] += tile
 
     # tensors made in inference mode could not be saved for a backward later
     with torch.inference_mode(False), torch.no_grad():
