@@ -56,9 +56,12 @@ def _assert_equals_the_oracle(inputs: list[Tensor], **arguments: Any) -> None:
     in_double = [x.double() for x in inputs]
     expected = oracle_attention(*in_double, **arguments)
     assert torch.isfinite(actual).all()
-    rows, positions = expected.sees_key.nonzero(as_tuple=True)
-    error = (actual - expected.output)[rows, :, positions].abs().max()
-    assert error < 1e-5, (error, arguments)
+    sees_key = expected.sees_key
+    if arguments.get("is_causal"):
+        sees_key[:, : arguments["num_global_tokens"]] = False  # not defined by the oracle
+    rows, positions = sees_key.nonzero(as_tuple=True)
+    error = (actual - expected.output)[rows, :, positions].abs()
+    assert error.numel() == 0 or error.max() < 1e-5, (error.max(), arguments)
 
 
 @pytest.fixture
@@ -100,14 +103,20 @@ def test_equals_the_oracle(sparsity_type: str, padded: bool) -> None:
 
 
 @compiles
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=30,
+    suppress_health_check=list(HealthCheck),
+)
 @given(st.data())
 def test_equals_the_oracle_for_all_sizes(data: st.DataObject) -> None:
     """Windows that are cut by tiles in every way, causal and not."""
     factor = data.draw(st.sampled_from([1, 2, 3, 4]))
     first_token_global = data.draw(st.booleans())
     num_global = 0 if first_token_global else data.draw(st.integers(0, 3))
-    tokens = data.draw(st.integers(1, 400))
+    tokens = data.draw(st.integers(20, 250))
     mask = _padding(tokens) if data.draw(st.booleans()) else None
     if first_token_global and mask is not None:
         mask[:, 0] = True
@@ -139,7 +148,7 @@ def test_twenty_lengths_compile_twice_at_most() -> None:
     flex.compiled.cache_clear()
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]
-    for tokens in range(40, 1000, 48):
+    for tokens in range(40, 440, 20):
         _assert_equals_the_oracle(
             _inputs(1 + tokens),
             padding_mask=_padding(tokens),
@@ -178,7 +187,7 @@ GEOMETRIES = st.builds(
 
 
 @has_flex
-@settings(max_examples=60, deadline=None)
+@settings(derandomize=True, deadline=None, database=None, max_examples=60)
 @given(GEOMETRIES, st.integers(3, 9), st.integers(0, 3))
 def test_mask_function_and_tiles_hold_what_the_geometry_says(
     geometry: Geometry, blocks: int, num_global: int
@@ -328,6 +337,11 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages[0].startswith("LSG attention runs by sdpa: ")
 
 
+def _messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What this package said; torch's compiler talks as well."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("lsg_patch")]
+
+
 def _by_flex(call: Call, block_size: int) -> tuple[str, str]:
     return "flex", "the test wants it"
 
@@ -342,7 +356,7 @@ def test_auto_runs_flex_where_it_chooses_it(
     sizes = {"block_size": 8, "sparse_block_size": 8}
     with caplog.at_level(logging.INFO, logger="lsg_patch"):
         actual = lsg_attention(*_inputs(43), **sizes)
-    assert caplog.messages == ["LSG attention runs by flex: the test wants it"]
+    assert _messages(caplog) == ["LSG attention runs by flex: the test wants it"]
     assert torch.equal(actual, lsg_attention(*_inputs(43), backend="flex", **sizes))
 
 
@@ -368,8 +382,8 @@ def test_auto_falls_back_where_flex_has_no_backward(
             gradients.append(torch.stack([query.grad, key.grad, value.grad]))
     assert torch.equal(gradients[0], gradients[2]) and torch.equal(gradients[1], gradients[2])
     assert len(tried) == 1
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("LSG attention runs by sdpa: flex failed, ")
+    (message,) = _messages(caplog)
+    assert message.startswith("LSG attention runs by sdpa: flex failed, ")
 
 
 @compiles
@@ -389,4 +403,5 @@ def test_auto_falls_back_where_nothing_can_be_compiled(
     flex.compiled.cache_clear()
     expected = lsg_attention(*inputs, backend="sdpa", **sizes)
     assert all(torch.equal(x, expected) for x in actual)
-    assert len(caplog.messages) == 1 and "flex failed" in caplog.messages[0]
+    (message,) = _messages(caplog)
+    assert "flex failed, InductorError" in message

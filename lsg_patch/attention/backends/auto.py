@@ -112,7 +112,8 @@ def _rehearse(
         return x[:, :, :count].detach().requires_grad_(x.is_floating_point())
 
     def first_keys(keys: Keys, count: int) -> Keys:
-        return Keys(*(first(x, count) for x in keys))
+        key, value, mask = (first(x, count) for x in (keys.key, keys.value, keys.mask))
+        return keys._replace(key=key, value=value, mask=mask)
 
     length = blocks * geometry.block_size
     with torch.enable_grad():
