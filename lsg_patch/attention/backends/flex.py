@@ -104,8 +104,8 @@ def block_attention(
     block_mask = copy.copy(plan.block_mask)
     block_mask.mask_mod = _mask_function(mask, plan.begin, plan.end)
 
-    missing = plan.query_tiles * QUERY_TILE - length
-    query = F.pad(query, (0, 0, 0, missing)) if missing else query
+    rest = plan.query_tiles * QUERY_TILE - length
+    query = F.pad(query, (0, 0, 0, rest)) if rest else query
     if width < LEAST_WIDTH:
         query, key, value = (F.pad(x, (0, LEAST_WIDTH - width)) for x in (query, key, value))
     if not torch.is_grad_enabled():
@@ -233,7 +233,7 @@ class Configuration(NamedTuple):
         return cls(query.device, query.dtype, query.shape[1], query.shape[3], scale)
 
 
-@cache
+@lru_cache(maxsize=64)
 def compiled(configuration: Configuration) -> Callable[..., Tensor]:
     """FlexAttention, compiled for this configuration at its first call."""
     # torch counts compilations by code object, and gives up after a few: each has its own
