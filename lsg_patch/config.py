@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lsg_patch.attention import BACKEND_NAMES, Geometry, make_geometry
+from lsg_patch.attention import Geometry, check_backend, make_geometry
 
 MAX_GLOBAL_TOKENS = 512
 POSITION_NAMES = ("tile", "interpolate")
@@ -43,7 +43,7 @@ class LSGConfig:
         attention_probs_dropout_prob: None: the model's own.
         global_positional_stride: distance between the positions that initial global tokens take.
         random_global_init: draw initial global tokens from the words' distribution.
-        backend: auto, dense or sdpa.
+        backend: auto, dense, sdpa or flex: see ``lsg_attention``.
         seed: for lsh and random_global_init; None is seed 0. Torch's global state is not used.
 
     Raises:
@@ -95,11 +95,11 @@ class LSGConfig:
             raise ValueError(
                 f"attention_probs_dropout_prob must be in [0, 1) or None, not {rate!r}"
             )
-        for name, names in (("positions", POSITION_NAMES), ("backend", BACKEND_NAMES)):
-            if getattr(self, name) not in names:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(names)}, not {getattr(self, name)!r}"
-                )
+        if self.positions not in POSITION_NAMES:
+            raise ValueError(
+                f"positions must be one of {', '.join(POSITION_NAMES)}, not {self.positions!r}"
+            )
+        check_backend(self.backend)
         if self.mask_first_token:
             self._check_first_token()
 

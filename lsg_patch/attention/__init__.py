@@ -1,15 +1,15 @@
 """LSG attention on tensors alone: no model, no transformers."""
 
 from lsg_patch.attention.bias import RelativeBias
-from lsg_patch.attention.functional import BACKEND_NAMES, lsg_attention, make_geometry
+from lsg_patch.attention.functional import check_backend, lsg_attention, make_geometry
 from lsg_patch.attention.geometry import Geometry
 from lsg_patch.attention.sparsity import SPARSITY_TYPES, draw_projections, projection_shapes
 
 __all__ = [
-    "BACKEND_NAMES",
     "SPARSITY_TYPES",
     "Geometry",
     "RelativeBias",
+    "check_backend",
     "draw_projections",
     "lsg_attention",
     "make_geometry",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsg_patch.attention.backends import dense, sdpa
+from lsg_patch.attention.backends import auto, dense, flex, sdpa
 from lsg_patch.attention.bias import RelativeBias
 from lsg_patch.attention.geometry import Geometry
 from lsg_patch.attention.keys import Keys
@@ -24,8 +24,25 @@ from lsg_patch.attention.sparsity import (
 BlockAttention = Callable[
     [Tensor, Keys, "Keys | None", Keys, Geometry, float, float, "RelativeBias | None"], Tensor
 ]
-BACKENDS: dict[str, BlockAttention] = {"dense": dense.block_attention, "sdpa": sdpa.block_attention}
-BACKEND_NAMES = ("auto", *BACKENDS)
+BACKENDS: dict[str, BlockAttention] = {
+    "auto": auto.block_attention,
+    "dense": dense.block_attention,
+    "sdpa": sdpa.block_attention,
+    "flex": flex.block_attention,
+}
+
+
+def check_backend(name: str) -> None:
+    """Whether there is a backend of that name, here.
+
+    Raises:
+        ValueError: there is none, or this torch lacks what it needs.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
+    reason = flex.missing() if name == "flex" else None
+    if reason is not None:
+        raise ValueError(f"backend={name!r} cannot run here: {reason}; pass 'auto' or 'sdpa'")
 
 
 def make_geometry(
@@ -110,13 +127,16 @@ def lsg_attention(
         scale: of the scores; ``D ** -0.5`` by default.
         relative_bias: what is added to the scaled scores by the distance of key and query. With
             ``num_global_tokens`` it needs their positions.
-        backend: "dense" (quadratic), "sdpa", or "auto".
+        backend: for more than two blocks of tokens: "dense" (quadratic), "sdpa" (anywhere), "flex"
+            (compiled at its first call; no dropout, and forward alone on a CPU), or "auto", which
+            says in the log what it takes.
 
     Returns:
         (B, H, N, D). Rows that see no key at all are finite and mean nothing.
 
     Raises:
-        ValueError: a shape, a size or a name does not fit; the message names the argument.
+        ValueError: a shape, a size or a name does not fit; the message names the argument. Or the
+            ``backend`` asked for cannot run this; the message says why.
 
     Source: Condevaux & Harispe, arXiv 2210.15497.
     """
@@ -127,8 +147,7 @@ def lsg_attention(
     if relative_bias is not None:
         _check_bias(relative_bias, key, num_global_tokens)
         relative_bias = relative_bias._replace(table=relative_bias.table.to(query.dtype))
-    if backend not in BACKEND_NAMES:
-        raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, not {backend!r}")
+    check_backend(backend)
     if first_token_global and num_global_tokens:
         raise ValueError(
             "first_token_global=True needs num_global_tokens=0: there is one or the other"
@@ -146,7 +165,7 @@ def lsg_attention(
         projections=lsh_projections or (),
         dropout_p=dropout_p,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        backend="sdpa" if backend == "auto" else backend,
+        backend=backend,
         bias=relative_bias,
     )
     mask = None

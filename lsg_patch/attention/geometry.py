@@ -21,6 +21,11 @@ class Window:
     size: int
     stride: int
 
+    def blocks_that_see(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the last block whose window holds ``key``; some may not exist."""
+        first = (key - self.start - self.size).div(self.stride, rounding_mode="floor") + 1
+        return first, (key - self.start).div(self.stride, rounding_mode="floor")
+
 
 @dataclass(frozen=True)
 class Geometry:
