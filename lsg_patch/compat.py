@@ -154,4 +154,5 @@ def is_left_behind(module: nn.Module, forward: Any) -> bool:
 
 def has_relative_positions(config: Any) -> bool:
     """Whether the attention itself knows positions (4.x: relative_key, relative_key_query)."""
-    return getattr(config, "position_embedding_type", "absolute") not in ("absolute", None)
+    # 4.54 and 4.55 have a property of this name where it has no effect, which warns when it is read
+    return vars(config).get("position_embedding_type", "absolute") not in ("absolute", None)
