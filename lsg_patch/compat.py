@@ -312,4 +312,5 @@ def is_left_behind(module: nn.Module, forward: Any) -> bool:
 
 def has_relative_positions(config: Any) -> bool:
     """Whether the attention's scores have terms for distances (4.x: relative_key, relative_key_query)."""
-    return str(getattr(config, "position_embedding_type", None)).startswith("relative")
+    # 4.54 and 4.55 have a property of this name where it has no effect, which warns when it is read
+    return str(vars(config).get("position_embedding_type")).startswith("relative")
