@@ -108,7 +108,10 @@ class TestShort:
         model, mask = tiny_decoder(family, cls), right_padded(*lengths)
         ids = ids_like(mask, family)
         how = {"use_cache": False} if takes(model, "use_cache") else {}
-        expected = run(model, ids, mask, **how)
+        try:
+            expected = run(model, ids, mask, **how)
+        except TypeError as error:  # 5.0 to 5.8: two heads take the cache for the pooled output
+            pytest.skip(f"{cls.__name__} is no decoder unpatched either: {error}")
         with lsg_patch.patched(model, **SETTINGS, **stand_in(family)):
             assert_same(run(model, ids, mask, **how), expected, mask, 1e-5)
 
@@ -459,8 +462,8 @@ class TestCrossAttention:
 class TestInUse:
     @pytest.mark.parametrize("family", DECODERS)
     def test_revert_and_copies(self, family: str) -> None:
-        for cls in model_classes(family)[:3]:
-            model, mask = tiny_decoder(family, cls), right_padded(60, 35)
+        mask = right_padded(60, 35)
+        for model in (tiny_decoder(family), tiny_decoder(family, model_classes(family)[0])):
             before, stored = fingerprint(model), values(model)
             lsg_patch.patch_model(model, **SMALL)
             expected = run(model, ids_like(mask, family), mask)
