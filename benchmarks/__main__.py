@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.comparisons import COMPARISONS, Options
+from benchmarks.comparisons import COMPARISONS, QUICK, Options
 from benchmarks.harness import Record, Rounds, render
 from benchmarks.models import SELECTIONS
 
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "comparisons",
         nargs="*",
         metavar="COMPARISON",
-        help=f"of {', '.join(COMPARISONS)} (default: all)",
+        help=f"of {', '.join(COMPARISONS)} (default: {', '.join(QUICK)}); or plots, of --json's",
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=defaults.lengths, metavar="T")
     parser.add_argument(
@@ -61,7 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    names = args.comparisons or list(COMPARISONS)
+    if args.comparisons == ["plots"]:
+        from benchmarks.plots import draw
+
+        if args.json is None:
+            parser.error("plots are drawn of results: give them by --json")
+        for path in draw(args.json):
+            print(path)
+        return 0
+    names = args.comparisons or list(QUICK)
     unknown = [name for name in names if name not in COMPARISONS]
     if unknown:
         parser.error(f"no comparison {', '.join(unknown)}; there are {', '.join(COMPARISONS)}")

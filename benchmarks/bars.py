@@ -10,7 +10,18 @@ BARS: dict[tuple[str, str, str], float] = {
     ("forward", "4096 tokens", "lsh"): 0.85,
     # Peak memory of one forward, to that at a quarter of the length: 4 is linear, 16 quadratic.
     ("memory", "8192 to 32768 tokens", "*"): 4.4,
+    # Time of the attention product alone, to that of full fused attention.
+    ("attention", "4096 tokens", "*"): 0.24,
+    ("attention", "4096 tokens", "lsh"): 0.35,
+    # Time of a training step, to that of the model named.
+    ("train", "4096 tokens, to BigBird", "*"): 0.6,
+    ("train", "4096 tokens, to Longformer", "*"): 0.5,
+    # What small things cost, to their budgets.
+    ("small", "BERT-base", "*"): 1.0,
 }
+
+# Milliseconds that these may take, for BERT-base.
+BUDGETS = {"patch_model": 150.0, "unpatch_model": 50.0, "import": 50.0}
 
 
 def bar(comparison: str, case: str, side: str) -> float | None:

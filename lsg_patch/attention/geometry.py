@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +28,25 @@ class Window:
         """The first and the last block whose window holds ``key``; some may not exist."""
         first = (key - self.start - self.size).div(self.stride, rounding_mode="floor") + 1
         return first, (key - self.start).div(self.stride, rounding_mode="floor")
+
+    def clipped(self, block: int, length: int) -> Window:
+        """What block ``block`` sees of it among ``length`` keys."""
+        offset = block * self.stride
+        begin = max(0, offset + self.start)
+        end = min(length, offset + self.start + self.size)
+        if end <= begin:
+            return Window(0, 0, self.stride)
+        return Window(begin - offset, end - begin, self.stride)
+
+
+class Run(NamedTuple):
+    """``blocks`` neighbouring blocks, from block ``first`` on, of ``queries`` queries each."""
+
+    first: int
+    blocks: int
+    queries: int
+    local: Window
+    sparse: tuple[Window, ...]
 
 
 @dataclass(frozen=True)
@@ -111,22 +133,48 @@ class Geometry:
         """Where the sparse tokens of this ``index`` stand that are made of runs of tokens: mid-run."""
         return index * self.sparsity_factor + (self.sparsity_factor - 1) // 2
 
+    def whole(self, length: int) -> Run:
+        """The blocks of ``length`` tokens, whose windows reach over the ends of the sequence."""
+        blocks = self.num_blocks(length)
+        return Run(0, blocks, self.block_size, self.local_window, self.sparse_windows)
+
+    def runs(self, length: int, num_sparse: int) -> tuple[Run, ...]:
+        """The blocks of ``length`` tokens with windows that are cut off at the ends: neighbours
+        with windows of one size together.
+        """
+        return _runs(self, length, num_sparse)
+
+
+@lru_cache(maxsize=256)
+def _runs(geometry: Geometry, length: int, num_sparse: int) -> tuple[Run, ...]:
+    def shape(block: int) -> tuple[int, Window, tuple[Window, ...]]:
+        queries = min(geometry.block_size, length - block * geometry.block_size)
+        sparse = (window.clipped(block, num_sparse) for window in geometry.sparse_windows)
+        local = geometry.local_window.clipped(block, length)
+        return queries, local, tuple(window for window in sparse if window.size)
+
+    alike = [
+        (what, list(blocks)) for what, blocks in groupby(range(geometry.num_blocks(length)), shape)
+    ]
+    return tuple(Run(blocks[0], len(blocks), *what) for what, blocks in alike)
+
 
 def unfold_windows(
-    x: Tensor, windows: tuple[Window, ...], num_blocks: int, dim: int
+    x: Tensor, windows: tuple[Window, ...], num_blocks: int, dim: int, first: int = 0
 ) -> list[Tensor]:
     """Views of ``x`` cut into windows along ``dim``, zeros (False) where a window leaves it.
 
-    ``x`` (..., n, ...) gives one (..., num_blocks, size, ...) for each window, all of them views
-    of one padded copy: nothing is gathered.
+    ``x`` (..., n, ...) gives one (..., num_blocks, size, ...) for each window, of the blocks from
+    ``first`` on. Nothing is gathered: all are views of ``x``, or of one padded copy.
     """
     dim %= x.dim()
     length = x.shape[dim]
-    first = min(0, *(w.start for w in windows))
-    last = max(length, *(w.start + (num_blocks - 1) * w.stride + w.size for w in windows))
-    padded = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (-first, last - length))
-    views = []
-    for w in windows:
-        span = padded.narrow(dim, w.start - first, (num_blocks - 1) * w.stride + w.size)
-        views.append(span.unfold(dim, w.size, w.stride).movedim(-1, dim + 1))
-    return views
+    spans = [(w.start + first * w.stride, (num_blocks - 1) * w.stride + w.size) for w in windows]
+    before = max(0, *(-start for start, _ in spans))
+    after = max(0, *(start + size - length for start, size in spans))
+    if before or after:
+        x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (before, after))
+    return [
+        x.narrow(dim, before + start, size).unfold(dim, w.size, w.stride).movedim(-1, dim + 1)
+        for w, (start, size) in zip(windows, spans, strict=True)
+    ]

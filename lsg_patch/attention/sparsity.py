@@ -95,7 +95,7 @@ def _pooling(inputs: SelectionInputs) -> Keys:
 def _bos_pooling(inputs: SelectionInputs) -> Keys:
     """The mean of each run of ``sparsity_factor`` tokens, weighed by the first token's attention."""
     tokens, geometry, first_query, scale, *_ = inputs
-    scores = (tokens.key @ (first_query * scale).unsqueeze(-1)).squeeze(-1)
+    scores = ((first_query * scale).unsqueeze(-2) @ tokens.key.transpose(-1, -2)).squeeze(-2)
     scores = scores + additive(tokens.mask, scores.dtype)
     weights = scores.unflatten(2, (-1, geometry.sparsity_factor)).softmax(-1)
     seen = tokens.mask.unflatten(2, (-1, geometry.sparsity_factor))
@@ -105,42 +105,40 @@ def _bos_pooling(inputs: SelectionInputs) -> Keys:
 def _lsh(inputs: SelectionInputs) -> Keys:
     """The means of tokens whose keys fall into the same bucket of random projections.
 
-    The buckets of one round are the tokens of the next. Every round hashes sums of keys (their
-    direction is that of the mean); values and counts need only the bucket they end in.
+    The buckets of one round are the tokens of the next. A hash is linear up to the choice of its
+    bucket, so sums of hashed tokens are hashed sums: only the last buckets are ever filled.
     """
-    geometry = inputs.geometry
+    tokens, geometry = inputs.tokens, inputs.geometry
     if geometry.sparsity_factor == geometry.sparse_block_size:
         return _bos_pooling(inputs)
-    tokens = inputs.tokens
     dtype = tokens.key.dtype
-    # sums of a whole chunk overflow float16 and lose bfloat16's few digits
+    # half precision is too coarse to tell buckets apart
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    seen = tokens.mask.unsqueeze(-1)
     chunked = (-1, geometry.chunk)
+    seen = tokens.mask.unflatten(2, chunked).unsqueeze(-2)
     with torch.autocast(tokens.key.device.type, enabled=False):
-        key = tokens.key.to(wide).masked_fill(~seen, 0).unflatten(2, chunked)
-        value = tokens.value.to(wide).masked_fill(~seen, 0).unflatten(2, chunked)
-        count = seen.to(wide).unflatten(2, chunked).expand(*key.shape[:-1], 1)
-        sums = [key, value, count]
-        if inputs.with_positions:
-            sums.append(count * torch.arange(geometry.chunk, device=key.device)[:, None])
+        key = tokens.key.detach().to(wide)
+        members = bucket = None
         sizes = _round_sizes(geometry, len(inputs.projections))
         for size, projection in zip(sizes, inputs.projections, strict=True):
-            bucket = _bucket(sums[0].detach(), projection.to(wide))
-            sums = [_sum_buckets(x, bucket, size) for x in sums]
-    key, value, count, *places = sums
-    filled = count.clamp(min=1)
-    mask = (count > 0).squeeze(-1).flatten(2)
-    positions = None
-    for place in places:
-        start = geometry.chunk * torch.arange(place.shape[2], device=place.device)[:, None]
-        positions = ((place / filled).squeeze(-1).long() + start).flatten(2)
-    return Keys(
-        (key / filled).to(dtype).flatten(2, 3),
-        (value / filled).to(dtype).flatten(2, 3),
-        mask,
-        positions,
-    )
+            hashed = (key @ projection.to(key)).unflatten(2, chunked)
+            chosen = _bucket(hashed if members is None else members.to(wide) @ hashed)
+            bucket = chosen if bucket is None else chosen.gather(-1, bucket)
+            buckets = torch.arange(size, device=key.device)[:, None]
+            members = (bucket.unsqueeze(-2) == buckets) & seen
+        assert members is not None
+        count = members.sum(-1, keepdim=True)
+        share = members.to(dtype) / count.clamp(min=1)
+        key, value = (
+            (share @ x.unflatten(2, chunked)).flatten(2, 3) for x in (tokens.key, tokens.value)
+        )
+        positions = None
+        if inputs.with_positions:
+            place = torch.arange(geometry.chunk, device=key.device)
+            start = geometry.chunk * torch.arange(count.shape[2], device=key.device)[:, None]
+            mean = (members * place).sum(-1) // count.squeeze(-1).clamp(min=1)
+            positions = (mean + start).flatten(2)
+    return Keys(key, value, (count > 0).flatten(2), positions)
 
 
 SELECTIONS: dict[str, Callable[[SelectionInputs], Keys]] = {
@@ -184,22 +182,13 @@ def _round_sizes(geometry: Geometry, rounds: int) -> list[int]:
     return [geometry.chunk] * (rounds - 1) + [geometry.chunk // geometry.sparsity_factor]
 
 
-def _bucket(key: Tensor, projection: Tensor) -> Tensor:
-    """The bucket (B, H, chunks, n) of each key (B, H, chunks, n, D)."""
-    if projection.shape[-1] == 0:
-        return torch.zeros(key.shape[:-1], dtype=torch.long, device=key.device)
-    hashed = F.normalize(key, dim=-1) @ projection.to(key.device).unsqueeze(1)
-    return torch.cat([hashed, -hashed], dim=-1).argmax(dim=-1)
-
-
-def _sum_buckets(x: Tensor, bucket: Tensor, size: int) -> Tensor:
-    """Sums (B, H, chunks, size, w) of the rows of ``x`` (B, H, chunks, n, w) that share a bucket."""
-    chunks = bucket.shape[:-1].numel()
-    flat = bucket.flatten(0, -2) + size * torch.arange(chunks, device=x.device)[:, None]
-    sums = x.new_zeros(chunks * size, x.shape[-1])
-    return sums.index_add(0, flat.flatten(), x.reshape(-1, x.shape[-1])).view(
-        *bucket.shape[:-1], size, x.shape[-1]
-    )
+def _bucket(hashed: Tensor) -> Tensor:
+    """The bucket (...) of hashed keys (..., hashes): two to a hash, the sign tells which."""
+    hashes = hashed.shape[-1]
+    if hashes == 0:
+        return torch.zeros(hashed.shape[:-1], dtype=torch.long, device=hashed.device)
+    bucket = hashed.abs().argmax(-1)
+    return bucket + hashes * (hashed.gather(-1, bucket.unsqueeze(-1)).squeeze(-1) < 0)
 
 
 def _pool(tokens: Keys, weights: Tensor, seen: Tensor) -> Keys:

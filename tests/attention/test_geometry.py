@@ -48,15 +48,43 @@ def test_windows_meet_and_do_not_overlap(geometry: Geometry, block: int) -> None
     ),
     st.integers(1, 6),
     st.integers(1, 25),
+    st.integers(0, 4),
 )
 def test_unfolded_windows_hold_what_their_ranges_say(
-    shapes: list[tuple[int, int, int]], blocks: int, length: int
+    shapes: list[tuple[int, int, int]], blocks: int, length: int, first: int
 ) -> None:
     windows = tuple(Window(*shape) for shape in shapes)
     x = torch.arange(1, length + 1).view(1, length, 1)
-    for window, view in zip(windows, unfold_windows(x, windows, blocks, 1), strict=True):
+    for window, view in zip(windows, unfold_windows(x, windows, blocks, 1, first), strict=True):
         assert view.shape == (1, blocks, window.size, 1)
         for j in range(blocks):
-            start = j * window.stride + window.start
+            start = (first + j) * window.stride + window.start
             want = [i + 1 if 0 <= i < length else 0 for i in range(start, start + window.size)]
             assert view[0, j, :, 0].tolist() == want
+
+
+@given(geometries(), st.integers(1, 150))
+def test_runs_are_the_blocks_with_windows_cut_off_at_the_ends(
+    geometry: Geometry, length: int
+) -> None:
+    """Every query in one run, which sees of each window the keys there are, in the same order."""
+    num_sparse = geometry.num_blocks(length) * geometry.step
+
+    def seen(window: Window, block: int, among: int) -> list[int]:
+        start = block * window.stride + window.start
+        return [i for i in range(start, start + window.size) if 0 <= i < among]
+
+    next_block = queries = 0
+    for run in geometry.runs(length, num_sparse):
+        assert run.first == next_block
+        next_block += run.blocks
+        queries += run.blocks * run.queries
+        for block in range(run.first, next_block):
+            for cut in (run.local, *run.sparse):
+                start = block * cut.stride + cut.start
+                assert cut.size == len(seen(cut, block, length + num_sparse)) and start >= 0
+            whole = [seen(window, block, num_sparse) for window in geometry.sparse_windows]
+            assert [seen(w, block, num_sparse) for w in run.sparse] == [w for w in whole if w]
+            local = seen(geometry.local_window, block, length)
+            assert seen(run.local, block, length) == local
+    assert next_block == geometry.num_blocks(length) and queries == length
