@@ -34,7 +34,9 @@ def differ(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bo
 def test_pooling_gives_the_first_row_to_the_global_token(family: str, cls: type[Any]) -> None:
     pooled = outputs(family, cls, mask_first_token=False)
     own = outputs(family, cls, mask_first_token=False, pool_with_global=False)
-    assert differ(pooled, own)
+    summary = getattr(tiny_model(family, cls), "sequence_summary", None)
+    reads_last = getattr(summary, "summary_type", "first") == "last"  # RoFormer's multiple choice
+    assert differ(pooled, own) != reads_last
     if "last_hidden_state" in own:
         torch.testing.assert_close(
             pooled["last_hidden_state"][:, 1:], own["last_hidden_state"][:, 1:], rtol=0, atol=1e-6
@@ -54,7 +56,7 @@ def test_512_global_tokens_give_outputs_of_the_same_shapes(family: str, cls: typ
     assert {name: x.shape for name, x in many.items()} == {
         name: x.shape for name, x in expected.items()
     }
-    assert differ(many, outputs(family, cls, num_global_tokens=511))
+    assert differ(many, outputs(family, cls))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *seq2seq.FAMILIES])
