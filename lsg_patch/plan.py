@@ -123,7 +123,9 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
     reach = config.max_position_embeddings
     if rotary is None and family.relative_bias is None and positions is not None:
         reach = positions.num_embeddings - offset
-    taken = global_positions(reach, config.global_positional_stride, config.num_global_tokens)
+    # on a CPU whatever device new tensors are made on at the moment: they become numbers
+    stride, device = config.global_positional_stride, torch.device("cpu")
+    taken = global_positions(reach, stride, config.num_global_tokens, device)
     token_type = table(family.token_types).weight[0] if family.token_types else None
     with torch.no_grad():
         rest = (token_type, family.first_token_extra(embeddings, base.config))

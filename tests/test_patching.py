@@ -685,3 +685,14 @@ def _first_row(model: Any, token: int) -> torch.Tensor:
         + embeddings.position_embeddings.weight[0]
         + embeddings.token_type_embeddings.weight[0]
     )
+
+
+@pytest.mark.parametrize("num_global_tokens", [0, 2])
+def test_a_model_on_no_device(num_global_tokens: int) -> None:
+    """As it is made before its weights are loaded."""
+    with torch.device("meta"):
+        model = tiny_model("bert")
+        lsg_patch.patch_model(model, num_global_tokens=num_global_tokens, **SETTINGS)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    lsg_patch.unpatch_model(model)
+    assert model.embeddings.position_embeddings.num_embeddings == POSITIONS
