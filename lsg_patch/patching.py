@@ -37,13 +37,14 @@ PATCH = "_lsg_patch"
 class Patch:
     """What a patched base model carries: its settings, and how to undo them.
 
-    ``stated_length`` is what the model's config said before.
+    ``stated_length`` is what the model's config said before, ``patched_length`` what it says now.
     """
 
     config: LSGConfig
     family: str
     journal: Journal
-    stated_length: int
+    stated_length: int | None
+    patched_length: int
 
 
 def _settings_once(patch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -134,8 +135,13 @@ def patch_model(
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
         plan = make_plan(model, base, family, config, tokenizer)
-        stated: Any = base.config
-        patch = Patch(config, family.name, journal, stated.max_position_embeddings)
+        patch = Patch(
+            config,
+            family.name,
+            journal,
+            stated_length=getattr(base.config, "max_position_embeddings", None),
+            patched_length=config.max_position_embeddings + plan.config_offset,
+        )
         try:
             _apply(base, family, config, plan, tokenizer, journal)
             journal.set_attribute(base, PATCH, patch)
@@ -177,7 +183,8 @@ def unpatch_model(model: Model) -> Model:
         # a config that was put in the place of the one that was changed states the length too
         for base, patch in patches:
             for config in configs_around(model, base).values():
-                config.max_position_embeddings = patch.stated_length
+                if getattr(config, "max_position_embeddings", None) == patch.patched_length:
+                    config.max_position_embeddings = patch.stated_length
     return model
 
 

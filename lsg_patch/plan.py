@@ -70,7 +70,7 @@ def make_plan(
     if not plan.attentions:
         raise ValueError(f"{type(base).__name__} has no layers: there is nothing to patch")
     if getattr(base.config, "is_decoder", False):
-        _check_decoder(base, plan)
+        _check_decoder(base, family, plan)
         plan.is_causal = True
     _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
     _check_positions(plan, config)
@@ -89,11 +89,16 @@ def _check_kind(base: nn.Module) -> None:
         )
 
 
-def _check_decoder(base: nn.Module, plan: Plan) -> None:
+def _check_decoder(base: nn.Module, family: Family, plan: Plan) -> None:
     if not compat.can_decode(base, plan.stack):
         raise ValueError(
             f"config.is_decoder=True, but {type(base).__name__} is an encoder and no decoder: its "
             "layers keep no keys (past_key_values); set config.is_decoder=False before it is made"
+        )
+    if family.relative_bias is not None or family.methods_left_out:
+        raise ValueError(
+            f"config.is_decoder=True, but decoders of the family {family.name} are not supported, which "
+            "has a relative_bias or methods_left_out: set config.is_decoder=False before it is made"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -579,3 +580,31 @@ class TestInUse:
         with pytest.raises(ValueError, match=r"is_decoder=True, but .* is an encoder and no deco"):
             lsg_patch.patch_model(model, **SMALL)
         assert fingerprint(model) == before
+
+    def test_a_bias_by_distance(self) -> None:
+        """Of a family from outside; it would go unseen."""
+
+        class BiasedModel(transformers.BertModel):
+            pass
+
+        def no_bias(stack: Any) -> Tensor:
+            return torch.zeros(4, 1)
+
+        bert = lsg_patch.families.FAMILIES["bert"]
+        lsg_patch.register_family(
+            dataclasses.replace(
+                bert, name="biased", base_classes=("BiasedModel",), relative_bias=no_bias
+            )
+        )
+        try:
+            lsg_patch.patch_model(BiasedModel(models.tiny_config("bert")), **SMALL)
+            model = BiasedModel(models.tiny_config("bert", is_decoder=True))
+            with pytest.raises(ValueError, match="decoders of the family biased are not supported"):
+                lsg_patch.patch_model(model, **SMALL)
+        finally:
+            del lsg_patch.families.FAMILIES["biased"]
+
+    def test_the_mask_of_a_static_cache(self) -> None:
+        model = lsg_patch.patch_model(tiny_decoder("bert"), **SMALL)
+        with pytest.raises(ValueError, match="leave cache_implementation out"):
+            model(torch.full((1, 5), 7), attention_mask=torch.ones(1, 1, 5, 9))

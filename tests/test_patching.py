@@ -341,6 +341,16 @@ def test_a_config_replaced_before_states_the_length_while_patched(tmp_path: Any)
         assert each.bert.config.max_position_embeddings == POSITIONS
 
 
+def test_a_config_that_said_something_else_says_so_again() -> None:
+    """Where there is no table, nothing tells which of two configs is right."""
+    model = tiny_model("esm", transformers.EsmForMaskedLM)
+    model.config = copy.deepcopy(model.config)
+    model.config.max_position_embeddings = 999
+    with lsg_patch.patched(model, **SETTINGS):
+        assert model.config.max_position_embeddings == 200
+    assert model.config.max_position_embeddings == 999
+
+
 def test_a_config_of_another_kind_around_the_model_is_left_alone() -> None:
     class Reader(nn.Module):
         def __init__(self) -> None:
@@ -552,6 +562,10 @@ class TestRefusals:
         assert parameters.keys() - defaults == {"model", "tokenizer"}
         with pytest.raises(TypeError, match="unexpected keyword argument 'blocks'"):
             lsg_patch.patch_model(tiny_model("bert"), blocks=8)  # type: ignore[call-arg]
+
+    def test_a_backend_that_is_no_name(self) -> None:
+        with pytest.raises(ValueError, match=r"backend must be one of .*, not \['sdpa'\]"):
+            LSGConfig(backend=["sdpa"])  # type: ignore[arg-type]
 
     def test_unknown_models(self) -> None:
         with pytest.raises(TypeError, match=r"GPT2Model holds no model of a family .*bert"):

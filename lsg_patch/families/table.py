@@ -10,7 +10,7 @@ from lsg_patch.families.registry import FAMILIES
 
 
 class Row(NamedTuple):
-    """A family; ``positions`` is "learned", "rotary", or "learned or" another kind."""
+    """A family; ``positions`` is "learned", "rotary", "learned or" another kind, or "none"."""
 
     family: str
     base_models: tuple[str, ...]
@@ -35,7 +35,7 @@ def _positions(family: Family) -> str:
     kinds = ["learned"] * (family.positions is not None)
     kinds += ["rotary"] * (family.rotary is not None)
     kinds += ["computed"] * (family.rotary is None and family.computed_positions is not learned)
-    return " or ".join(kinds)
+    return " or ".join(kinds) or "none"
 
 
 def as_json() -> str:

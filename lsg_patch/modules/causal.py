@@ -88,6 +88,12 @@ class EnterCausalModel:
         given = check.checked_input(base, args, kwargs, cached)
         if given is None:
             return args, kwargs  # the model itself has an error for this
+        mask = check.mask.get(args, kwargs)
+        if mask is not None and mask.dim() == 4:
+            raise ValueError(
+                "attention_mask has four dimensions: generate makes such a one for a static cache, which "
+                "a patched model has no use for; leave cache_implementation out"
+            )
         mask = check.checked_mask(given, args, kwargs, cached)
         if mask is None:
             # of no mask the model would make a quadratic one
