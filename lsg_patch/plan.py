@@ -72,6 +72,8 @@ def make_plan(
     if getattr(base.config, "is_decoder", False):
         _check_decoder(base, plan)
         plan.is_causal = True
+    if config.unpad:
+        _check_unpad(base, family, plan)
     _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
     _check_positions(plan, config)
     _warn_of_unseen_tokens(plan, family, config)
@@ -95,6 +97,19 @@ def _check_decoder(base: nn.Module, plan: Plan) -> None:
             f"config.is_decoder=True, but {type(base).__name__} is an encoder and no decoder: its "
             "layers keep no keys (past_key_values); set config.is_decoder=False before it is made"
         )
+
+
+def _check_unpad(base: nn.Module, family: Family, plan: Plan) -> None:
+    by_row = compat.arguments_by_row(plan.stack)
+    reason = ""
+    if plan.is_causal:
+        reason = "is a decoder, whose cache holds the rows of a batch side by side"
+    elif family.embeds_in_stack:
+        reason = "has no place between its embeddings and its layers to pack them at"
+    elif by_row:
+        reason = f"hands {', '.join(by_row)} to its layers, of which each row has its own"
+    if reason:
+        raise ValueError(f"unpad=True: {type(base).__name__} {reason}; pass unpad=False")
 
 
 def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig) -> Plan:
