@@ -116,7 +116,9 @@ def test_global_tokens_and_the_first_token(
     family: str, settings: dict[str, Any], mask: torch.Tensor
 ) -> None:
     ids = ids_like(mask, family)
-    padded, packed = (run(model, ids, mask) for model in pair(family, **settings))
+    padded, packed = (
+        {"states": run(model, ids, mask)["last_hidden_state"]} for model in pair(family, **settings)
+    )
     assert_same(packed, padded, mask, 1e-5)
 
 
@@ -124,9 +126,8 @@ def test_global_tokens_and_the_first_token(
 def test_layers_run_on_real_tokens_alone(family: str) -> None:
     """Otherwise the tests above would pass with nothing packed."""
     _, packed = pair(family, mask_first_token=False)
-    lengths = (96, 40, 40, 16, 16, 8)  # each its own blocks; as a batch, the two short ones
-    shape = rows_in_stack(packed, family, RIGHT)
-    assert shape == (1, sum(lengths) + 6 - (16 - 16) - (8 - 1))
+    lengths = (96, 40, 40, 16, 16, 1)  # whole blocks; short ones are as long as those like them
+    assert rows_in_stack(packed, family, RIGHT) == (1, sum(lengths) + 6)
 
 
 def test_what_saves_nothing_is_not_packed() -> None:
@@ -152,7 +153,6 @@ def test_padding_has_the_output_of_the_nearest_real_token() -> None:
         ("bert", "BertForMultipleChoice"),
         ("roberta", "RobertaForTokenClassification"),
         ("distilbert", "DistilBertForQuestionAnswering"),
-        ("splinter", "SplinterForQuestionAnswering"),
     ],
 )
 def test_heads(family: str, name: str) -> None:
@@ -172,7 +172,8 @@ def gradients(model: Any, family: str) -> dict[str, torch.Tensor]:
 @families
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_gradients(family: str, checkpointing: bool) -> None:
-    padded, packed = (model.train() for model in pair(family))
+    # some gradients are zero but for rounding: of double precision there is none to speak of
+    padded, packed = (model.train().double() for model in pair(family))
     if checkpointing:
         if not packed.supports_gradient_checkpointing:
             pytest.skip(f"{family} has no gradient checkpointing in this transformers")
@@ -180,8 +181,7 @@ def test_gradients(family: str, checkpointing: bool) -> None:
     want, got = gradients(padded, family), gradients(packed, family)
     assert got.keys() == want.keys()
     for name, gradient in want.items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=name)
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
