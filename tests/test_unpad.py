@@ -80,9 +80,7 @@ def test_real_tokens_have_the_outputs_that_they_have_padded(
         )
     assert len(got.hidden_states) == len(want.hidden_states) == 3
     real = mask.bool()
-    for x, y in zip(
-        (got[0], *got.hidden_states), (want[0], *want.hidden_states), strict=True
-    ):
+    for x, y in zip((got[0], *got.hidden_states), (want[0], *want.hidden_states), strict=True):
         assert x.shape == y.shape
         assert torch.isfinite(x).all()
         torch.testing.assert_close(x[real], y[real], rtol=0, atol=1e-5)
@@ -92,9 +90,7 @@ def test_real_tokens_have_the_outputs_that_they_have_padded(
 @pytest.mark.parametrize("mask", [RIGHT, LEFT, HOLES], ids=["right", "left", "holes"])
 def test_every_selection(sparsity_type: str, mask: torch.Tensor) -> None:
     ids = ids_like(mask, "bert")
-    padded, packed = (
-        run(model, ids, mask) for model in pair("bert", sparsity_type=sparsity_type)
-    )
+    padded, packed = (run(model, ids, mask) for model in pair("bert", sparsity_type=sparsity_type))
     assert_same(packed, padded, mask, 1e-5)
 
 

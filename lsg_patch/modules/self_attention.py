@@ -58,7 +58,7 @@ class LSGSelfAttention(nn.Module):
         the keys and values that a decoder keeps.
         """
         lsg = self.lsg
-        config, names = lsg.config, lsg.names
+        names = lsg.names
         hidden, layout = lsg.hidden.get(args, kwargs), lsg.mask.get(args, kwargs)
         if not isinstance(layout, Layout):
             raise RuntimeError(
@@ -110,14 +110,14 @@ class LSGSelfAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, batches: tuple[Batch, ...]
     ) -> Tensor:
         """The same of (1, H, N, D) in which the ``batches`` stand one after the other."""
-        sizes = [batch.count * batch.size for batch in batches]
+        sizes = [batch.sequences * batch.size for batch in batches]
         parts = zip(batches, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-        contexts = [
-            self._attend(
-                *(x[0].unflatten(1, (batch.count, batch.size)).transpose(0, 1) for x in heads), batch
-            ).flatten(0, 1)
-            for batch, *heads in parts
-        ]
+        contexts = []
+        for batch, *heads in parts:
+            q, k, v = (
+                x[0].unflatten(1, (batch.sequences, batch.size)).transpose(0, 1) for x in heads
+            )
+            contexts.append(self._attend(q, k, v, batch).flatten(0, 1))
         return torch.cat(contexts)[None]
 
     def _dropout_p(self) -> float:

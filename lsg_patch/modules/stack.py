@@ -27,13 +27,13 @@ class Batch(NamedTuple):
     """Sequences of a packed stack that are attended to together: as many rows each.
 
     Attributes:
-        count: the sequences, each [global tokens | tokens | padding], one after the other.
+        sequences: how many, each [global tokens | tokens | padding], one after the other.
         size: the stack's rows of one of them.
-        key_mask: (count, size - g), as in ``Layout``.
+        key_mask: (1 or sequences, size - g), as in ``Layout``.
         bias: as in ``Layout``, of these rows.
     """
 
-    count: int
+    sequences: int
     size: int
     key_mask: Tensor | None
     bias: RelativeBias | None = None
@@ -182,7 +182,9 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
         taken.append((places + which * (num_global + length)).flatten())
         nearest = torch.minimum(torch.maximum(position, begins), ends - 1) - begins
         back = own_layout.rows.expand(len(members), -1).gather(1, nearest)
-        back = back + start + places.shape[1] * torch.arange(len(members), device=mask.device)[:, None]
+        back = (
+            back + start + places.shape[1] * torch.arange(len(members), device=mask.device)[:, None]
+        )
         given_back.append(back)
         batches.append(Batch(len(members), places.shape[1], own_layout.key_mask))
         start += places.numel()
@@ -251,8 +253,8 @@ def _enter_packed(
         places = [bias.positions] * len(batches)
         if bias.positions is not None:
             flat = packed(bias.positions.unsqueeze(-1)).flatten()
-            parts = flat.split([batch.count * batch.size for batch in batches])
-            places = [x.view(b.count, b.size) for x, b in zip(parts, batches, strict=True)]
+            parts = flat.split([batch.sequences * batch.size for batch in batches])
+            places = [x.view(b.sequences, b.size) for x, b in zip(parts, batches, strict=True)]
         layout = layout._replace(
             batches=tuple(
                 batch._replace(bias=bias._replace(positions=x))
@@ -267,7 +269,7 @@ def _packing(mask: Tensor | None, config: LSGConfig) -> Packing | None:
     if not config.unpad or mask is None:
         return None
     # in a graph the lengths of this batch would stand for those of every other one
-    if _is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if _is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return None
     return pack(mask, config)
 
