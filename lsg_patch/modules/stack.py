@@ -148,49 +148,46 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
     where that is no less than the whole. A row of padding alone counts as one token, which is masked.
     """
     rows, length = mask.shape
-    if not rows or not length:
+    if not mask.numel():
         return None
-    backwards = mask.int().flip(1).argmax(1)
-    first, count = mask.int().argmax(1), mask.sum(1)
-    end = torch.where(count > 0, length - backwards, first + 1)
-    lengths, counts = torch.stack([end - first, count]).tolist()
+    first, real = mask.int().argmax(1), mask.sum(1)
+    end = torch.where(real > 0, length - mask.int().flip(1).argmax(1), first + 1)
+    lengths, counts = torch.stack([end - first, real]).tolist()
     geometry, num_global = config.geometry(), config.num_global_tokens
     alike: dict[int, list[int]] = {}
     for row, own in enumerate(lengths):
         alike.setdefault(geometry.num_blocks(own), []).append(row)
-    longest = [max(lengths[row] for row in members) for members in alike.values()]
-    size = sum(
-        len(members) * (num_global + geometry.padded(most))
-        for members, most in zip(alike.values(), longest, strict=True)
+    longest = {blocks: max(lengths[row] for row in of) for blocks, of in alike.items()}
+    needed = sum(
+        len(of) * (num_global + geometry.padded(longest[blocks])) for blocks, of in alike.items()
     )
-    if size >= rows * (num_global + geometry.padded(length)):
+    if needed >= rows * (num_global + geometry.padded(length)):
         return None
     taken, given_back, batches, start = [], [], [], 0
     position = torch.arange(length, device=mask.device)
-    for members, most in zip(alike.values(), longest, strict=True):
-        which = torch.tensor(members, device=mask.device)[:, None]
+    globals_ = torch.arange(num_global, device=mask.device)
+    for blocks, of in alike.items():
+        which = torch.tensor(of, device=mask.device)[:, None]
         begins, ends = first[which], end[which]
-        turned = begins + position[:most]
+        # the batch that these rows would be by themselves, without what stands before and after
+        turned = (begins + position[: longest[blocks]]).clamp(max=length - 1)
         own_mask = None
-        if any(counts[row] != most for row in members):
-            own_mask = mask[which, turned.clamp(max=length - 1)] & (turned < ends)
-        placement = place(own_mask, most, config, mask.device)
-        own_layout = _layout(own_mask, most, config, placement)
+        if any(counts[row] != longest[blocks] for row in of):
+            own_mask = mask[which, turned] & (begins + position[: longest[blocks]] < ends)
+        placement = place(own_mask, longest[blocks], config, mask.device)
+        own = _layout(own_mask, longest[blocks], config, placement)
         tokens = (begins + placement.tokens).clamp(max=length - 1)
-        globals_ = torch.arange(num_global, device=mask.device).expand(len(members), -1)
-        places = torch.cat([globals_, num_global + tokens], dim=1)
-        taken.append((places + which * (num_global + length)).flatten())
+        places = torch.cat([globals_.expand(len(of), -1), num_global + tokens], dim=1)
+        taken.append((which * (num_global + length) + places).flatten())
         nearest = torch.minimum(torch.maximum(position, begins), ends - 1) - begins
-        back = own_layout.rows.expand(len(members), -1).gather(1, nearest)
-        back = (
-            back + start + places.shape[1] * torch.arange(len(members), device=mask.device)[:, None]
-        )
-        given_back.append(back)
-        batches.append(Batch(len(members), places.shape[1], own_layout.key_mask))
+        starts = start + places.shape[1] * torch.arange(len(of), device=mask.device)[:, None]
+        given_back.append(starts + own.rows.expand(len(of), -1).gather(1, nearest))
+        batches.append(Batch(len(of), places.shape[1], own.key_mask))
         start += places.numel()
-    order = [row for members in alike.values() for row in members]
-    back_in_order = torch.tensor(order, device=mask.device).argsort()
-    layout = Layout(None, torch.cat(given_back)[back_in_order], batches=tuple(batches))
+    in_order = torch.tensor(
+        [row for of in alike.values() for row in of], device=mask.device
+    ).argsort()
+    layout = Layout(None, torch.cat(given_back)[in_order], batches=tuple(batches))
     return Packing(torch.cat(taken), layout)
 
 
