@@ -38,6 +38,7 @@ SHORT = right_padded(16, 3, 9)
 ONE = right_padded(93, 21)[1:]
 MASKS = {
     "right": RIGHT,
+    "unordered": right_padded(93, 11, 40, 90, 16),
     "left": LEFT,
     "holes": HOLES,
     "empty row": EMPTY,
