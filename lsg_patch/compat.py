@@ -72,6 +72,26 @@ def hands_rotation_to_stack(stack: nn.Module) -> bool:
     return ROTATION in forward_parameters(stack)
 
 
+# what else a stack takes that is not one value a row or a token, or is a decoder's alone
+_OF_ALL_ROWS = (
+    "head_mask",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "past_key_values",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
+
+
+def arguments_by_row(stack: nn.Module) -> tuple[str, ...]:
+    """What a stack hands to its layers besides hidden states, mask and rotation (XMOD: languages)."""
+    known = (*MASK_NAMES, ROTATION, *_OF_ALL_ROWS)
+    return tuple(name for name in forward_parameters(stack)[1:] if name not in known)
+
+
 def takes_embeds_as_embedded(base: nn.Module) -> bool:
     """Whether a base model takes given embeddings for the output of its embeddings (ESM, 4.56).
 

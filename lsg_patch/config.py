@@ -38,6 +38,11 @@ class LSGConfig:
         pool_with_global: give the first global token's output as the first real token's. In a decoder
             only where that token is masked: global tokens see none of its tokens.
         adaptive: pad inside the model to whole blocks; False: other lengths are an error.
+        unpad: where there is a padding mask, run the layers on the real tokens only: rows of a
+            batch are cut to what stands between their first and last real token, each padded to
+            its own blocks, and packed. Outputs of real tokens are the same; a token of padding
+            outside of these has the output of the nearest real one. Reads the lengths from the
+            device; while a model is compiled or traced, it runs padded.
         lsh_num_pre_rounds: rounds of hashing before the last one (lsh only).
         pass_global_tokens_to_decoder: encoder-decoders: let the decoder see the global tokens.
         attention_probs_dropout_prob: None: the model's own.
@@ -60,6 +65,7 @@ class LSGConfig:
     mask_first_token: bool | None = None
     pool_with_global: bool = True
     adaptive: bool = True
+    unpad: bool = False
     lsh_num_pre_rounds: int = 1
     pass_global_tokens_to_decoder: bool = False
     attention_probs_dropout_prob: float | None = None
@@ -82,6 +88,7 @@ class LSGConfig:
         for name in (
             "pool_with_global",
             "adaptive",
+            "unpad",
             "pass_global_tokens_to_decoder",
             "random_global_init",
         ):
@@ -102,6 +109,11 @@ class LSGConfig:
         check_backend(self.backend)
         if self.mask_first_token:
             self._check_first_token()
+        if self.unpad and not self.adaptive:
+            raise ValueError(
+                "unpad=True with adaptive=False: rows of any length are padded to whole blocks inside "
+                "the model; pass adaptive=True or unpad=False"
+            )
 
     def geometry(self) -> Geometry:
         """The shape of the attention that these settings ask for."""

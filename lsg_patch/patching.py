@@ -79,6 +79,7 @@ def patch_model(
     mask_first_token: bool | None = None,
     pool_with_global: bool = True,
     adaptive: bool = True,
+    unpad: bool = False,
     lsh_num_pre_rounds: int = 1,
     pass_global_tokens_to_decoder: bool = False,
     attention_probs_dropout_prob: float | None = None,
@@ -99,7 +100,8 @@ def patch_model(
     Cross attention stays as it is.
     ``position_ids`` that are given are taken as they are: an input that has them may be longer than
     ``max_position_embeddings``. Hooks of yours on modules inside the layer stack see its rows,
-    [global tokens | tokens | padding to whole blocks], not those of the input.
+    [global tokens | tokens | padding to whole blocks], not those of the input; with ``unpad`` those of
+    all sequences one after the other, as a batch of one.
 
     Args:
         model: a model of a supported family, with or without a head, or a module that holds one.
@@ -115,7 +117,8 @@ def patch_model(
 
     Raises:
         ValueError: a setting is wrong, two do not fit, the model is patched already, is told to be a
-            decoder and is none, has relative positions, or a token id is not to be found.
+            decoder and is none, has relative positions, cannot be run unpadded, or a token id is not
+            to be found.
         TypeError: ``model`` is not of a supported family.
 
     A patch that fails leaves the model as it was.

@@ -72,6 +72,8 @@ def make_plan(
     if getattr(base.config, "is_decoder", False):
         _check_decoder(base, family, plan)
         plan.is_causal = True
+    if config.unpad:
+        _check_unpad(base, family, plan)
     _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
     _check_positions(plan, config)
     _warn_of_unseen_tokens(plan, family, config)
@@ -100,6 +102,19 @@ def _check_decoder(base: nn.Module, family: Family, plan: Plan) -> None:
             f"config.is_decoder=True, but decoders of the family {family.name} are not supported, which "
             "has a relative_bias or methods_left_out: set config.is_decoder=False before it is made"
         )
+
+
+def _check_unpad(base: nn.Module, family: Family, plan: Plan) -> None:
+    by_row = compat.arguments_by_row(plan.stack)
+    reason = ""
+    if plan.is_causal:
+        reason = "is a decoder, whose cache holds the rows of a batch side by side"
+    elif family.embeds_in_stack:
+        reason = "has no place between its embeddings and its layers to pack them at"
+    elif by_row:
+        reason = f"hands {', '.join(by_row)} to its layers, of which each row has its own"
+    if reason:
+        raise ValueError(f"unpad=True: {type(base).__name__} {reason}; pass unpad=False")
 
 
 def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig) -> Plan:

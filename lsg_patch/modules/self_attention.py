@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lsg_patch import compat
@@ -15,7 +16,7 @@ from lsg_patch.config import LSGConfig
 from lsg_patch.families import AttentionNames, Family, Rotary
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.causal import KeptKeys
-from lsg_patch.modules.stack import Layout
+from lsg_patch.modules.stack import Batch, Layout
 from lsg_patch.undo import Journal
 
 
@@ -57,7 +58,7 @@ class LSGSelfAttention(nn.Module):
         the keys and values that a decoder keeps.
         """
         lsg = self.lsg
-        config, names = lsg.config, lsg.names
+        names = lsg.names
         hidden, layout = lsg.hidden.get(args, kwargs), lsg.mask.get(args, kwargs)
         if not isinstance(layout, Layout):
             raise RuntimeError(
@@ -77,6 +78,15 @@ class LSGSelfAttention(nn.Module):
         cached: tuple[Any, ...] = ()
         if lsg.kept is not None:
             key, value, cached = lsg.kept.extend(self, key, value, layout, args, kwargs)
+        context = self._attend(query, key, value, layout)
+        output = lsg.output(self, hidden, context)
+        return (output,) + (None,) * (lsg.outputs - 1) + cached
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | Batch) -> Tensor:
+        """The joined heads (B, N, H * D) of (B, H, N, D)."""
+        if isinstance(layout, Layout) and layout.batches:
+            return self._attend_packed(query, key, value, layout.batches)
+        lsg, config = self.lsg, self.lsg.config
         context = lsg_attention(
             query,
             key,
@@ -94,8 +104,21 @@ class LSGSelfAttention(nn.Module):
             relative_bias=layout.bias,
             backend=config.backend,
         )
-        output = lsg.output(self, hidden, context.transpose(1, 2).flatten(2))
-        return (output,) + (None,) * (lsg.outputs - 1) + cached
+        return context.transpose(1, 2).flatten(2)
+
+    def _attend_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, batches: tuple[Batch, ...]
+    ) -> Tensor:
+        """The same of (1, H, N, D) in which the ``batches`` stand one after the other."""
+        sizes = [batch.sequences * batch.size for batch in batches]
+        parts = zip(batches, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        contexts = []
+        for batch, *heads in parts:
+            q, k, v = (
+                x[0].unflatten(1, (batch.sequences, batch.size)).transpose(0, 1) for x in heads
+            )
+            contexts.append(self._attend(q, k, v, batch).flatten(0, 1))
+        return torch.cat(contexts)[None]
 
     def _dropout_p(self) -> float:
         if not self.training:

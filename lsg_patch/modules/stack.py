@@ -17,9 +17,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsg_patch.attention import RelativeBias
+from lsg_patch.attention.backends.sdpa import _is_compiling
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
+
+
+class Batch(NamedTuple):
+    """Sequences of a packed stack that are attended to together: as many rows each.
+
+    Attributes:
+        sequences: how many, each [global tokens | tokens | padding], one after the other.
+        size: the stack's rows of one of them.
+        key_mask: (1 or sequences, size - g), as in ``Layout``.
+        bias: as in ``Layout``, of these rows.
+    """
+
+    sequences: int
+    size: int
+    key_mask: Tensor | None
+    bias: RelativeBias | None = None
 
 
 class Layout(NamedTuple):
@@ -37,12 +54,15 @@ class Layout(NamedTuple):
         rotation: where positions are rotary, the cosines and sines of the stack's rows, each
             (1 or B, g + T, head size / 2).
         bias: of the scores, in families that have one.
+        batches: of a packed stack, which is (1, N, width): what attends together, in order. Then
+            ``key_mask`` and ``bias`` are None, each batch has its own. Empty: it is not packed.
     """
 
     key_mask: Tensor | None
     rows: Tensor
     rotation: tuple[Tensor, Tensor] | None = None
     bias: RelativeBias | None = None
+    batches: tuple[Batch, ...] = ()
 
 
 class Placement(NamedTuple):
@@ -108,6 +128,69 @@ def _layout(
     return Layout(key_mask, rows)
 
 
+class Packing(NamedTuple):
+    """A batch of which the real tokens alone are in the stack.
+
+    Attributes:
+        taken: (N,), the row of the input (B * (g + T0)) in each place of the stack; what stands in a
+            place of padding means nothing.
+        layout: of the stack.
+    """
+
+    taken: Tensor
+    layout: Layout
+
+
+def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
+    """Each row of the padding mask (B, T0) by itself, from its first real token to its last.
+
+    Rows of as many blocks lie as a batch of their own would, padded to the longest of them. None
+    where that is no less than the whole. A row of padding alone counts as one token, which is masked.
+    """
+    rows, length = mask.shape
+    if not mask.numel():
+        return None
+    first, real = mask.int().argmax(1), mask.sum(1)
+    end = torch.where(real > 0, length - mask.int().flip(1).argmax(1), first + 1)
+    lengths, counts = torch.stack([end - first, real]).tolist()
+    geometry, num_global = config.geometry(), config.num_global_tokens
+    alike: dict[int, list[int]] = {}
+    for row, own in enumerate(lengths):
+        alike.setdefault(geometry.num_blocks(own), []).append(row)
+    longest = {blocks: max(lengths[row] for row in of) for blocks, of in alike.items()}
+    needed = sum(
+        len(of) * (num_global + geometry.padded(longest[blocks])) for blocks, of in alike.items()
+    )
+    if needed >= rows * (num_global + geometry.padded(length)):
+        return None
+    taken, given_back, batches, start = [], [], [], 0
+    position = torch.arange(length, device=mask.device)
+    globals_ = torch.arange(num_global, device=mask.device)
+    for blocks, of in alike.items():
+        which = torch.tensor(of, device=mask.device)[:, None]
+        begins, ends = first[which], end[which]
+        # the batch that these rows would be by themselves, without what stands before and after
+        turned = (begins + position[: longest[blocks]]).clamp(max=length - 1)
+        own_mask = None
+        if any(counts[row] != longest[blocks] for row in of):
+            own_mask = mask[which, turned] & (begins + position[: longest[blocks]] < ends)
+        placement = place(own_mask, longest[blocks], config, mask.device)
+        own = _layout(own_mask, longest[blocks], config, placement)
+        tokens = (begins + placement.tokens).clamp(max=length - 1)
+        places = torch.cat([globals_.expand(len(of), -1), num_global + tokens], dim=1)
+        taken.append((which * (num_global + length) + places).flatten())
+        nearest = torch.minimum(torch.maximum(position, begins), ends - 1) - begins
+        starts = start + places.shape[1] * torch.arange(len(of), device=mask.device)[:, None]
+        given_back.append(starts + own.rows.expand(len(of), -1).gather(1, nearest))
+        batches.append(Batch(len(of), places.shape[1], own.key_mask))
+        start += places.numel()
+    in_order = torch.tensor(
+        [row for of in alike.values() for row in of], device=mask.device
+    ).argsort()
+    layout = Layout(None, torch.cat(given_back)[in_order], batches=tuple(batches))
+    return Packing(torch.cat(taken), layout)
+
+
 def enter(
     hidden: Tensor,
     mask: Tensor | None,
@@ -121,6 +204,9 @@ def enter(
     So are the ``rotation`` of its rows, (1 or B, g + T0, head size / 2) each, and the positions of
     the ``bias``, (1 or B, g + T0).
     """
+    packing = _packing(mask, config)
+    if packing is not None:
+        return _enter_packed(hidden, packing, rotation, bias)
     num_global = config.num_global_tokens
     length = hidden.shape[1] - num_global
     placement = place(mask, length, config, hidden.device)
@@ -142,6 +228,49 @@ def enter(
     return laid_out(hidden), layout
 
 
+def _enter_packed(
+    hidden: Tensor,
+    packing: Packing,
+    rotation: tuple[Tensor, Tensor] | None,
+    bias: RelativeBias | None,
+) -> tuple[Tensor, Layout]:
+    """What ``enter`` gives, packed: ``hidden`` is (1, N, width)."""
+    taken, layout = packing
+
+    def packed(x: Tensor) -> Tensor:
+        """Of (1 or B, g + T0, n): (1, N, n)."""
+        if len(x) == 1:
+            return x.index_select(1, taken % x.shape[1])
+        return x.flatten(0, 1).index_select(0, taken)[None]
+
+    if rotation is not None:
+        layout = layout._replace(rotation=(packed(rotation[0]), packed(rotation[1])))
+    if bias is not None:
+        batches = layout.batches
+        places = [bias.positions] * len(batches)
+        if bias.positions is not None:
+            flat = packed(bias.positions.unsqueeze(-1)).flatten()
+            parts = flat.split([batch.sequences * batch.size for batch in batches])
+            places = [x.view(b.sequences, b.size) for x, b in zip(parts, batches, strict=True)]
+        layout = layout._replace(
+            batches=tuple(
+                batch._replace(bias=bias._replace(positions=x))
+                for batch, x in zip(batches, places, strict=True)
+            )
+        )
+    return packed(hidden), layout
+
+
+def _packing(mask: Tensor | None, config: LSGConfig) -> Packing | None:
+    """How the input is packed, if it is to be."""
+    if not config.unpad or mask is None:
+        return None
+    # in a graph the lengths of this batch would stand for those of every other one
+    if _is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return None
+    return pack(mask, config)
+
+
 def with_globals_in_front(
     tokens: Tensor, mask: Tensor | None, of_globals: tuple[int, ...]
 ) -> Tensor:
@@ -157,7 +286,7 @@ def with_globals_in_front(
 
 
 def leave(hidden: Tensor, layout: Layout) -> Tensor:
-    """``hidden`` (B, g + T, width) of the stack as (B, T0, width), in the input's order."""
+    """``hidden`` (B or 1, N, width) of the stack as (B, T0, width), in the input's order."""
     return _take_rows(hidden, layout.rows)
 
 
@@ -414,18 +543,34 @@ class LeaveModel:
         last = output[0]
         mask = as_padding_mask(self.mask.get(args, kwargs))
         layout = lay_out(mask, last.shape[1], self.config, last.device)
-        return self.with_layout(layout, base, args, kwargs, output)
+        values = output if isinstance(output, tuple) else output.values()
+        packing = None
+        if any(_are_hidden_states(value) for value in values):
+            packing = _packing(mask, self.config)
+        return self.with_layout(layout, base, args, kwargs, output, packing)
 
     def with_layout(
-        self, layout: Layout, base: nn.Module, args: Args, kwargs: Kwargs, output: Any
+        self,
+        layout: Layout,
+        base: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        output: Any,
+        packing: Packing | None = None,
     ) -> Any:
-        """``output`` of a model whose input lay in the stack as ``layout`` says."""
+        """``output`` of a model whose input lay in the stack as ``layout`` or ``packing`` says."""
         last = output[0]
+
+        def given_back(x: Tensor) -> Tensor:
+            # a stack that is compiled by itself is not packed: the states themselves tell
+            if packing is not None and x.shape[:2] == (1, len(packing.taken)):
+                return leave(x, packing.layout)
+            return leave(x, layout)
 
         def give_back(value: Any) -> Any:
             if _are_hidden_states(value):
                 # the last one was replaced by the output, which has left the stack already
-                return tuple(x if x is None or x is last else leave(x, layout) for x in value)
+                return tuple(x if x is None or x is last else given_back(x) for x in value)
             return value
 
         output = map_output(output, give_back)
