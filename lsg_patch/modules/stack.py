@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsg_patch.attention import RelativeBias
-from lsg_patch.attention.backends.sdpa import _is_compiling
+from lsg_patch.attention.compiling import is_compiling
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
@@ -266,7 +266,7 @@ def _packing(mask: Tensor | None, config: LSGConfig) -> Packing | None:
     if not config.unpad or mask is None:
         return None
     # in a graph the lengths of this batch would stand for those of every other one
-    if _is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if is_compiling():
         return None
     return pack(mask, config)
 

@@ -24,8 +24,9 @@ SETTINGS = {"short": {"block_size": 128}, "blocks": {"block_size": 4, "sparse_bl
 COMMON: dict[str, Any] = {"num_global_tokens": 0, "max_position_embeddings": cases.POSITIONS}
 HEADS = [(family, head) for family in cases.FAMILIES for head in cases.heads(family)]
 
-# what compares implementations of attention, of which a patched model has one, whatever the lengths
-ONLY_SHORT = ("test_eager_matches_sdpa_inference_", "test_bc_torch_dtype")
+# what compares implementations of attention, of which a patched model has one, whatever the lengths;
+# and how far a training run gets, which has a bar set for the original's function
+ONLY_SHORT = ("test_eager_matches_sdpa_inference_", "test_bc_torch_dtype", "test_training_overfit")
 
 # tests of these must have run on patched models for every head, or the comparison says nothing
 ALWAYS_COMPARED = (

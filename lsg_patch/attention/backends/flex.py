@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsg_patch.attention.backends.sdpa import _is_compiling
 from lsg_patch.attention.bias import RelativeBias
+from lsg_patch.attention.compiling import is_compiling
 from lsg_patch.attention.geometry import Geometry, Window
 from lsg_patch.attention.keys import Keys
 
@@ -48,7 +48,7 @@ class Call(NamedTuple):
         tensors = (query, tokens.key, tokens.value)
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         return cls(
-            query.device.type, query.dtype, needs_grad, dropout_p, _is_compiling(), bias is not None
+            query.device.type, query.dtype, needs_grad, dropout_p, is_compiling(), bias is not None
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsg_patch.attention.bias import BlockBias, RelativeBias
+from lsg_patch.attention.compiling import is_compiling
 from lsg_patch.attention.geometry import Geometry, Run, unfold_windows
 from lsg_patch.attention.keys import Keys, additive
 
@@ -51,7 +52,7 @@ def block_attention(
             scale=scale,
         )
 
-    if query.device.type != "cpu" or keep_all or _is_compiling():
+    if query.device.type != "cpu" or keep_all or is_compiling():
         run = geometry.whole(length)
         padded = run.blocks * run.queries
         query = F.pad(query, (0, 0, 0, padded - length)).unflatten(2, (run.blocks, run.queries))
@@ -171,10 +172,3 @@ def _pieces(batch: int, heads: int, blocks: int, most: int) -> Iterator[tuple[in
         for head in range(0, heads, some_heads):
             for block in range(0, blocks, some_blocks):
                 yield row, slice(head, head + some_heads), slice(block, block + some_blocks)
-
-
-def _is_compiling() -> bool:
-    """Whether this is being traced, where a loop over pieces would be unrolled."""
-    is_compiling = getattr(torch.compiler, "is_compiling", None)  # torch 2.3 and later
-    compiling = is_compiling() if is_compiling else torch._dynamo.is_compiling()
-    return bool(compiling or torch._C._get_tracing_state())

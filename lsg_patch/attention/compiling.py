@@ -1,0 +1,12 @@
+"""Whether what runs is being recorded, in which case it would be recorded for these sizes alone."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is following this call."""
+    compiler = getattr(torch.compiler, "is_compiling", None)  # torch 2.3 and later
+    compiling = compiler() if compiler else torch._dynamo.is_compiling()
+    return bool(compiling or torch._C._get_tracing_state())
