@@ -70,7 +70,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, use_reentr
     assert len(runs) == 3, "the layer runs again in backward"
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        # rounding grows with the largest element, not with each
+        atol = 1e-5 * max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=atol, msg=name)
 
 
 def _can_be_reentrant(family: str) -> bool:
