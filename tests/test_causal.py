@@ -20,6 +20,7 @@ from tests import models
 from tests.models import (
     FAMILIES,
     assert_same,
+    assert_same_gradients,
     attentions,
     enable_checkpointing,
     ids_like,
@@ -500,9 +501,7 @@ class TestInUse:
         enable_checkpointing(model, use_reentrant)
         actual = gradients()
         assert len(runs) == 2, "the layer runs again in backward"
-        assert actual.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        assert_same_gradients(actual, expected)
 
     @pytest.mark.parametrize("sparsity_type", ["norm", "bos_pooling", "lsh"])
     def test_a_language_model_trains(self, sparsity_type: str) -> None:

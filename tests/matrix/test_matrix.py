@@ -15,7 +15,13 @@ import lsg_patch
 from lsg_patch.memory import peak_memory
 from tests.matrix.notices import deprecations
 from tests.matrix.specimens import SPECIMENS, Specimen
-from tests.models import assert_same, enable_checkpointing, right_padded, stand_in
+from tests.models import (
+    assert_same,
+    assert_same_gradients,
+    enable_checkpointing,
+    right_padded,
+    stand_in,
+)
 from tests.test_patching import assert_bitwise, fingerprint, values
 
 SHORT, LONG = right_padded(32, 11), right_padded(90, 55)
@@ -106,9 +112,7 @@ def test_gradient_checkpointing(specimen: Specimen) -> None:
     assert len(runs) == 4, "the layer runs again in backward"
     plain = lsg_patch.patch_model(specimen.model(), **SETTINGS)
     expected = gradients(specimen, plain, LONG)
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_gradients(actual, expected)
 
 
 def gradients(specimen: Specimen, model: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
