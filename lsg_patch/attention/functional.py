@@ -200,25 +200,22 @@ def _attention(
     bias = settings.bias
     batch, length = query.shape[0], key.shape[2] - num_global
     has_kept_keys = key.shape[2] > query.shape[2]
-    of_tokens = slice(num_global, None)
 
     def bias_of(queries: slice, keys: slice) -> Tensor | None:
         return None if bias is None else bias.of_rows(num_global + length, queries, keys)
 
     seen = None if mask is None else F.pad(mask, (num_global, 0), value=True).unsqueeze(1)
+    global_query, token_query = _split(query, num_global)
     if length <= geometry.full_length or has_kept_keys:
         if not geometry.is_causal:
             added = bias_of(slice(None), slice(None))
             return dense.full_attention(query, key, value, seen, dropout_p, scale, bias=added)
-        out = _full_causal_attention(query[:, :, of_tokens], key, value, seen, settings)
+        out = _full_causal_attention(token_query, key, value, seen, settings)
     else:
         everything = query.new_ones(batch, 1, length + num_global, dtype=torch.bool)
         everything = everything if seen is None else seen
-        global_keys, tokens = (
-            Keys(key[:, :, part], value[:, :, part], everything[:, :, part])
-            for part in (slice(num_global), of_tokens)
-        )
-        token_query = query[:, :, of_tokens]
+        parts = (_split(x, num_global) for x in (key, value, everything))
+        global_keys, tokens = (Keys(*part) for part in zip(*parts, strict=True))
         sparse = None
         if geometry.has_sparse:
             chosen_from = tokens
@@ -241,7 +238,7 @@ def _attention(
     # a global token that saw the tokens would carry the future to those before
     visible = slice(num_global) if geometry.is_causal else slice(None)
     rows = dense.full_attention(
-        query[:, :, :num_global],
+        global_query,
         key[:, :, visible],
         value[:, :, visible],
         None if seen is None else seen[:, :, visible],
@@ -251,6 +248,15 @@ def _attention(
     )
     # joined as (B, N, H, D), the layout in which heads are joined for free
     return torch.cat([rows.transpose(1, 2), out.transpose(1, 2)], dim=1).transpose(1, 2)
+
+
+def _split(x: Tensor, num_global: int) -> tuple[Tensor, Tensor]:
+    """Rows of global tokens and of the others of ``x`` (B, H, N, ...).
+
+    Not sliced: the gradient of each slice would be a whole tensor, zeros for the most part.
+    """
+    of_globals, of_tokens = x.split((num_global, x.shape[2] - num_global), dim=2)
+    return of_globals, of_tokens
 
 
 def _full_causal_attention(

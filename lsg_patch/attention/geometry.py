@@ -48,6 +48,12 @@ class Run(NamedTuple):
     local: Window
     sparse: tuple[Window, ...]
 
+    def of(self, x: Tensor) -> Tensor:
+        """Its queries of ``x`` (B, H, T, ...), as a view (B, H, blocks, queries, ...)."""
+        start = self.first * self.local.stride
+        own = x[:, :, start : start + self.blocks * self.queries]
+        return own.unflatten(2, (self.blocks, self.queries))
+
 
 @dataclass(frozen=True)
 class Geometry:
