@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lsg_patch.attention.backends import auto, dense, flex, sdpa
 from lsg_patch.attention.bias import RelativeBias
+from lsg_patch.attention.blocks import Blocks, joined
 from lsg_patch.attention.geometry import Geometry
 from lsg_patch.attention.keys import Keys
 from lsg_patch.attention.sparsity import (
@@ -21,10 +22,7 @@ from lsg_patch.attention.sparsity import (
     select,
 )
 
-BlockAttention = Callable[
-    [Tensor, Keys, "Keys | None", Keys, Geometry, float, float, "RelativeBias | None"], Tensor
-]
-BACKENDS: dict[str, BlockAttention] = {
+BACKENDS: dict[str, Callable[[Blocks], Tensor]] = {
     "auto": auto.block_attention,
     "dense": dense.block_attention,
     "sdpa": sdpa.block_attention,
@@ -205,49 +203,49 @@ def _attention(
         return None if bias is None else bias.of_rows(num_global + length, queries, keys)
 
     seen = None if mask is None else F.pad(mask, (num_global, 0), value=True).unsqueeze(1)
+    is_short = length <= geometry.full_length or has_kept_keys
+    if is_short and not geometry.is_causal:
+        added = bias_of(slice(None), slice(None))
+        return dense.full_attention(query, key, value, seen, dropout_p, scale, bias=added)
     global_query, token_query = _split(query, num_global)
-    if length <= geometry.full_length or has_kept_keys:
-        if not geometry.is_causal:
-            added = bias_of(slice(None), slice(None))
-            return dense.full_attention(query, key, value, seen, dropout_p, scale, bias=added)
+    front = None
+    if num_global:
+        # a global token that saw the tokens would carry the future to those before
+        visible = slice(num_global if geometry.is_causal else None)
+        front = dense.full_attention(
+            global_query,
+            key[:, :, visible],
+            value[:, :, visible],
+            None if seen is None else seen[:, :, visible],
+            dropout_p,
+            scale,
+            bias=bias_of(slice(num_global), visible),
+        )
+    if is_short:
         out = _full_causal_attention(token_query, key, value, seen, settings)
-    else:
-        everything = query.new_ones(batch, 1, length + num_global, dtype=torch.bool)
-        everything = everything if seen is None else seen
-        parts = (_split(x, num_global) for x in (key, value, everything))
-        global_keys, tokens = (Keys(*part) for part in zip(*parts, strict=True))
-        sparse = None
-        if geometry.has_sparse:
-            chosen_from = tokens
-            if selectable is not None:
-                chosen_from = tokens._replace(mask=selectable.unsqueeze(1))
-            inputs = SelectionInputs(
-                chosen_from,
-                geometry,
-                token_query[:, :, 0],
-                scale,
-                settings.projections,
-                # sparse tokens are more than a block away
-                with_positions=bias is not None and bias.reach > geometry.block_size,
-            )
-            sparse = select(settings.sparsity_type, inputs)
-        attend = BACKENDS[settings.backend]
-        out = attend(token_query, global_keys, sparse, tokens, geometry, dropout_p, scale, bias)
-    if not num_global:
-        return out
-    # a global token that saw the tokens would carry the future to those before
-    visible = slice(num_global) if geometry.is_causal else slice(None)
-    rows = dense.full_attention(
-        global_query,
-        key[:, :, visible],
-        value[:, :, visible],
-        None if seen is None else seen[:, :, visible],
-        dropout_p,
-        scale,
-        bias=bias_of(slice(num_global), visible),
+        return out if front is None else joined(front, out)
+    everything = query.new_ones(batch, 1, length + num_global, dtype=torch.bool)
+    everything = everything if seen is None else seen
+    parts = (_split(x, num_global) for x in (key, value, everything))
+    global_keys, tokens = (Keys(*part) for part in zip(*parts, strict=True))
+    sparse = None
+    if geometry.has_sparse:
+        chosen_from = tokens
+        if selectable is not None:
+            chosen_from = tokens._replace(mask=selectable.unsqueeze(1))
+        inputs = SelectionInputs(
+            chosen_from,
+            geometry,
+            token_query[:, :, 0],
+            scale,
+            settings.projections,
+            # sparse tokens are more than a block away
+            with_positions=bias is not None and bias.reach > geometry.block_size,
+        )
+        sparse = select(settings.sparsity_type, inputs)
+    return BACKENDS[settings.backend](
+        Blocks(token_query, global_keys, sparse, tokens, geometry, scale, dropout_p, bias, front)
     )
-    # joined as (B, N, H, D), the layout in which heads are joined for free
-    return torch.cat([rows.transpose(1, 2), out.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
 def _split(x: Tensor, num_global: int) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,8 @@ class Run(NamedTuple):
     def of(self, x: Tensor) -> Tensor:
         """Its queries of ``x`` (B, H, T, ...), as a view (B, H, blocks, queries, ...)."""
         start = self.first * self.local.stride
-        own = x[:, :, start : start + self.blocks * self.queries]
-        return own.unflatten(2, (self.blocks, self.queries))
+        own: Tensor = x[:, :, start : start + self.blocks * self.queries]
+        return own.view(*x.shape[:2], self.blocks, self.queries, *x.shape[3:])
 
 
 @dataclass(frozen=True)

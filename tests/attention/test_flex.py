@@ -23,6 +23,8 @@ import lsg_patch
 from lsg_patch.attention import Geometry, lsg_attention
 from lsg_patch.attention.backends import auto, dense, flex
 from lsg_patch.attention.backends.flex import Call
+from lsg_patch.attention.blocks import Blocks
+from lsg_patch.attention.keys import Keys
 from tests.models import ids_like, right_padded, run, tiny_model
 from tests.oracle import oracle_attention
 
@@ -322,11 +324,12 @@ def test_choice(call: Call, block_size: int, name: str, reason: str) -> None:
 
 def test_a_call_is_described_as_it_is() -> None:
     query, key, value = _inputs(4)
-    keys = flex.Keys(key, value.requires_grad_(), torch.ones(BATCH, 1, 4, dtype=torch.bool))
+    keys = Keys(key, value.requires_grad_(), torch.ones(BATCH, 1, 4, dtype=torch.bool))
+    blocks = Blocks(query, keys, None, keys, Geometry(1), scale=1.0, dropout_p=0.5)
     call = Call("cpu", torch.float32, needs_grad=True, dropout_p=0.5, is_compiling=False)
-    assert Call.of(query, keys, 0.5) == call
+    assert Call.of(blocks) == call
     with torch.no_grad():
-        assert Call.of(query, keys, 0.5) == call._replace(needs_grad=False)
+        assert Call.of(blocks) == call._replace(needs_grad=False)
 
 
 @pytest.mark.usefixtures("forget")

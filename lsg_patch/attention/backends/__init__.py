@@ -1,1 +1,1 @@
-"""Ways to compute the same attention. Each module has ``block_attention`` of one signature."""
+"""Ways to compute the same attention: each has ``block_attention``, of ``Blocks``."""

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lsg_patch.attention.backends import flex, sdpa
 from lsg_patch.attention.backends.flex import Call
-from lsg_patch.attention.bias import RelativeBias
-from lsg_patch.attention.geometry import Geometry
+from lsg_patch.attention.blocks import Blocks
 from lsg_patch.attention.keys import Keys
 
 logger = logging.getLogger(__name__)
@@ -30,29 +29,14 @@ def choose(call: Call, block_size: int) -> tuple[str, str]:
     return "flex", f"{call.device_type} in half precision, without dropout"
 
 
-def block_attention(
-    query: Tensor,
-    global_keys: Keys,
-    sparse: Keys | None,
-    tokens: Keys,
-    geometry: Geometry,
-    dropout_p: float,
-    scale: float,
-    bias: RelativeBias | None = None,
-) -> Tensor:
-    """LSG attention of the tokens' queries (B, H, T, D) by the backend that suits them."""
-    call = Call.of(query, tokens, dropout_p, bias)
-    name, reason = choose(call, geometry.block_size)
+def block_attention(blocks: Blocks) -> Tensor:
+    """LSG attention of the tokens' queries, behind the front, by the backend that suits them."""
+    call = Call.of(blocks)
+    name, reason = choose(call, blocks.geometry.block_size)
     if not call.is_compiling:  # a log has no place in a graph
         _say(logging.INFO, f"LSG attention runs by {name}: {reason}")
-    out = None
-    if name == "flex":
-        out = _flex(query, global_keys, sparse, tokens, geometry, scale, call.needs_grad)
-    if out is None:
-        out = sdpa.block_attention(
-            query, global_keys, sparse, tokens, geometry, dropout_p, scale, bias
-        )
-    return out
+    out = _flex(blocks, call.needs_grad) if name == "flex" else None
+    return sdpa.block_attention(blocks) if out is None else out
 
 
 # configurations, with or without a gradient, that flex failed in and that it has run backward in
@@ -67,24 +51,16 @@ def _say(level: int, message: str) -> None:
         logger.log(level, message)
 
 
-def _flex(
-    query: Tensor,
-    global_keys: Keys,
-    sparse: Keys | None,
-    tokens: Keys,
-    geometry: Geometry,
-    scale: float,
-    needs_grad: bool,
-) -> Tensor | None:
+def _flex(blocks: Blocks, needs_grad: bool) -> Tensor | None:
     """By flex; None where it cannot be compiled, which is tried once for a configuration."""
-    configuration = flex.Configuration.of(query, scale)
+    configuration = flex.Configuration.of(blocks.query, blocks.scale)
     if (configuration, needs_grad) in _failed:
         return None
     try:
         if needs_grad and configuration not in _rehearsed:
-            _rehearse(query, global_keys, sparse, tokens, geometry, scale)
+            _rehearse(blocks)
             _rehearsed.add(configuration)
-        return flex.block_attention(query, global_keys, sparse, tokens, geometry, 0.0, scale)
+        return flex.block_attention(blocks)
     except torch.cuda.OutOfMemoryError:
         raise  # no reason to take a way that needs more
     except Exception as error:  # a compiler of many parts raises anything
@@ -97,20 +73,13 @@ def _flex(
         return None
 
 
-def _rehearse(
-    query: Tensor,
-    global_keys: Keys,
-    sparse: Keys | None,
-    tokens: Keys,
-    geometry: Geometry,
-    scale: float,
-) -> None:
+def _rehearse(blocks: Blocks) -> None:
     """Forward and backward over the first blocks.
 
     A backward is compiled when it is run: if that failed there, it would be too late to fall back.
     What is compiled here serves all lengths.
     """
-    blocks = 3
+    geometry, number = blocks.geometry, 3
 
     def first(x: Tensor, count: int) -> Tensor:
         return x[:, :, :count].detach().requires_grad_(x.is_floating_point())
@@ -119,15 +88,13 @@ def _rehearse(
         key, value, mask = (first(x, count) for x in (keys.key, keys.value, keys.mask))
         return keys._replace(key=key, value=value, mask=mask)
 
-    length = blocks * geometry.block_size
+    length, sparse = number * geometry.block_size, blocks.sparse
+    few = blocks._replace(
+        query=first(blocks.query, length),
+        global_keys=first_keys(blocks.global_keys, blocks.global_keys.key.shape[2]),
+        sparse=None if sparse is None else first_keys(sparse, number * geometry.step),
+        tokens=first_keys(blocks.tokens, length),
+        front=None,
+    )
     with torch.enable_grad():
-        out = flex.block_attention(
-            first(query, length),
-            first_keys(global_keys, global_keys.key.shape[2]),
-            None if sparse is None else first_keys(sparse, blocks * geometry.step),
-            first_keys(tokens, length),
-            geometry,
-            0.0,
-            scale,
-        )
-        out.sum().backward()
+        flex.block_attention(few).sum().backward()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsg_patch.attention.bias import RelativeBias
+from lsg_patch.attention.blocks import Blocks
 from lsg_patch.attention.geometry import Geometry, Window
 from lsg_patch.attention.keys import Keys, additive
 
@@ -38,17 +39,9 @@ def full_attention(
     )
 
 
-def block_attention(
-    query: Tensor,
-    global_keys: Keys,
-    sparse: Keys | None,
-    tokens: Keys,
-    geometry: Geometry,
-    dropout_p: float,
-    scale: float,
-    bias: RelativeBias | None = None,
-) -> Tensor:
-    """LSG attention of the tokens' queries (B, H, T, D), by a (T, keys) mask: quadratic."""
+def block_attention(blocks: Blocks) -> Tensor:
+    """LSG attention of the tokens' queries, behind the front, by a (T, keys) mask: quadratic."""
+    query, global_keys, sparse, tokens, geometry, *_ = blocks
     length, device = query.shape[2], query.device
     local = _seen(length, geometry, (geometry.local_window,), tokens.key.shape[2], device)
     if geometry.is_causal:
@@ -62,16 +55,17 @@ def block_attention(
     sides.append((tokens, local))
     mask = torch.cat([keys.mask.unsqueeze(2) & seen for keys, seen in _same_heads(sides)], dim=-1)
     added = None
-    if bias is not None:
-        added = _bias(bias, global_keys.key.shape[2], sparse, length, geometry)
-    return F.scaled_dot_product_attention(
+    if blocks.bias is not None:
+        added = _bias(blocks.bias, global_keys.key.shape[2], sparse, length, geometry)
+    out = F.scaled_dot_product_attention(
         query,
         torch.cat([keys.key for keys, _ in sides], dim=2),
         torch.cat([keys.value for keys, _ in sides], dim=2),
         attn_mask=additive(mask, query.dtype, added),
-        dropout_p=dropout_p,
-        scale=scale,
+        dropout_p=blocks.dropout_p,
+        scale=blocks.scale,
     )
+    return blocks.with_front(out)
 
 
 def _seen(

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsg_patch.attention.bias import RelativeBias
+from lsg_patch.attention.blocks import Blocks
 from lsg_patch.attention.compiling import is_compiling
 from lsg_patch.attention.geometry import Geometry, Window
-from lsg_patch.attention.keys import Keys
 
 # tiles that every one of flex's CUDA kernels divides, forward and backward
 QUERY_TILE = 128
@@ -42,13 +41,14 @@ class Call(NamedTuple):
     has_bias: bool = False
 
     @classmethod
-    def of(
-        cls, query: Tensor, tokens: Keys, dropout_p: float, bias: RelativeBias | None = None
-    ) -> Call:
-        tensors = (query, tokens.key, tokens.value)
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    def of(cls, blocks: Blocks) -> Call:
         return cls(
-            query.device.type, query.dtype, needs_grad, dropout_p, is_compiling(), bias is not None
+            blocks.query.device.type,
+            blocks.query.dtype,
+            blocks.needs_grad,
+            blocks.dropout_p,
+            is_compiling(),
+            blocks.bias is not None,
         )
 
 
@@ -81,29 +81,21 @@ def why_not(call: Call) -> str | None:
     return None
 
 
-def block_attention(
-    query: Tensor,
-    global_keys: Keys,
-    sparse: Keys | None,
-    tokens: Keys,
-    geometry: Geometry,
-    dropout_p: float,
-    scale: float,
-    bias: RelativeBias | None = None,
-) -> Tensor:
-    """LSG attention of the tokens' queries (B, H, T, D): linear in T, no window is copied.
+def block_attention(blocks: Blocks) -> Tensor:
+    """LSG attention of the tokens' queries, behind the front: (B, H, g + T, D). No window is copied.
 
     Raises:
         ValueError: FlexAttention cannot run this; the message says why.
     """
-    reason = why_not(Call.of(query, tokens, dropout_p, bias))
+    reason = why_not(Call.of(blocks))
     if reason is not None:
         raise ValueError(
             f"backend='flex' cannot run here: {reason}; 'auto' and 'sdpa' run anywhere"
         )
+    query, global_keys, sparse, tokens, geometry, scale, *_ = blocks
     _, heads, length, width = query.shape
-    blocks, num_global = geometry.num_blocks(length), global_keys.key.shape[2]
-    plan = plan_of(geometry, blocks, num_global, query.device)
+    num_global = global_keys.key.shape[2]
+    plan = plan_of(geometry, geometry.num_blocks(length), num_global, query.device)
 
     parts = [tokens, *([] if sparse is None else [sparse]), global_keys]
     key, value, mask = (
@@ -120,7 +112,7 @@ def block_attention(
     if not torch.is_grad_enabled():
         query = query.detach()  # on CPU flex refuses whatever could have a gradient
     out = compiled(Configuration.of(query, scale))(query, key, value, block_mask, scale)
-    return out[:, :, :length, :width]
+    return blocks.with_front(out[:, :, :length, :width])
 
 
 def _filled_up(parts: list[Tensor], sizes: tuple[int, ...], heads: int) -> Tensor:

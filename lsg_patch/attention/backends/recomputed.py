@@ -12,9 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-from lsg_patch.attention.backends.windows import Buffer, Piece, Windows, pieces, windows
+from lsg_patch.attention.backends.windows import (
+    Buffer,
+    Piece,
+    Windows,
+    causal,
+    pieces,
+    windows,
+)
+from lsg_patch.attention.blocks import Blocks, memory_like
 from lsg_patch.attention.geometry import Geometry, Run, Window
 from lsg_patch.attention.keys import Keys, additive
 
@@ -24,55 +32,60 @@ DTYPES = (torch.float32, torch.float64)
 CACHE_BYTES = 3 << 20
 
 
-def block_attention(
-    query: Tensor,
-    global_keys: Keys,
-    sparse: Keys | None,
-    tokens: Keys,
-    geometry: Geometry,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
-    """LSG attention of the tokens' queries (B, H, T, D), differentiable once."""
+def can_run(blocks: Blocks) -> bool:
+    return blocks.bias is None and blocks.query.dtype in DTYPES
+
+
+def block_attention(blocks: Blocks) -> Tensor:
+    """LSG attention of the tokens' queries, behind the front: (B, H, g + T, D); differentiable once."""
     seed = 0
-    if dropout_p:
+    if blocks.dropout_p:
         # by the global random state, so that checkpointing and a seed of the user repeat it
         seed = int(torch.randint(2**62, (), dtype=torch.int64))
-    masks = (global_keys.mask, None if sparse is None else sparse.mask, tokens.mask)
-    sides = [x for keys in (global_keys, sparse, tokens) for x in (keys or (None, None))[:2]]
-    work = _Work(masks, geometry, dropout_p, scale, seed)
-    out: Tensor = _BlockAttention.apply(query, *sides, work)
+    sides = (blocks.global_keys, blocks.sparse, blocks.tokens)
+    work = _Work(
+        tuple(None if keys is None else keys.mask for keys in sides),
+        blocks.geometry,
+        blocks.scale,
+        blocks.dropout_p,
+        seed,
+    )
+    tensors = [x for keys in sides for x in ((None, None) if keys is None else keys[:2])]
+    out: Tensor = _BlockAttention.apply(work, blocks.query, blocks.front, *tensors)
     return out
 
 
 class _Work(NamedTuple):
-    masks: tuple[Tensor, Tensor | None, Tensor]
+    """What is asked for, besides the tensors that have gradients."""
+
+    masks: tuple[Tensor | None, ...]
     geometry: Geometry
-    dropout_p: float
     scale: float
+    dropout_p: float
     seed: int
+
+    def blocks(self, query: Tensor, sides: tuple[Tensor | None, ...]) -> Blocks:
+        of_globals, sparse, tokens = (
+            None if key is None or value is None or mask is None else Keys(key, value, mask)
+            for key, value, mask in zip(sides[::2], sides[1::2], self.masks, strict=True)
+        )
+        assert of_globals is not None and tokens is not None
+        return Blocks(query, of_globals, sparse, tokens, self.geometry, self.scale, self.dropout_p)
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        query: Tensor,
-        global_key: Tensor,
-        global_value: Tensor,
-        sparse_key: Tensor | None,
-        sparse_value: Tensor | None,
-        token_key: Tensor,
-        token_value: Tensor,
-        work: _Work,
+    def forward(
+        ctx: Any, work: _Work, query: Tensor, front: Tensor | None, *sides: Tensor | None
     ) -> Tensor:
-        sides = (global_key, global_value, sparse_key, sparse_value, token_key, token_value)
-        # laid out as (B, T, H, D), so that joining the heads afterwards copies nothing
-        out = _like(query)
+        before = 0 if front is None else front.shape[2]
+        out = memory_like(query, before + query.shape[2])
+        if front is not None:
+            out[:, :, :before] = front
         most = query.new_empty(query.shape[:3])
         total = torch.empty_like(most)
         values = Buffer(query)
-        for step in _steps(query, sides, work):
+        for step in _steps(work.blocks(query, sides), work.seed):
             scores = step.scores()
             of_most = torch.amax(scores, dim=-1, keepdim=True)
             scores.sub_(of_most).exp_()
@@ -83,41 +96,41 @@ class _BlockAttention(torch.autograd.Function):
                 scores.mul_(step.kept)
             value = values.gather(step.seen.value, step.piece).flatten(0, 1)
             answer = torch.bmm(scores, value).mul_(step.rescale / of_total)
-            step.of(out).copy_(answer.view(*step.shape, -1))
-        ctx.save_for_backward(query, *sides, out, most, total)
-        ctx.work = work
+            step.of(out[:, :, before:]).copy_(answer.view(*step.shape, -1))
+        ctx.work, ctx.before = work, before
+        ctx.save_for_backward(query, out, most, total, *sides)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, *sides, out, most, total = ctx.saved_tensors  # type: ignore[attr-defined]
-        work: _Work = ctx.work  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        work, before = ctx.work, ctx.before
+        query, out, most, total, *sides = ctx.saved_tensors
+        out, given = out[:, :, before:], grad[:, :, before:]
         grads = [None if x is None else torch.zeros_like(x) for x in sides]
-        grad_query = _like(query)
+        of_query = memory_like(query, query.shape[2])
         values, products = Buffer(query), Buffer(query)
-        for step in _steps(query, sides, work):
+        for step in _steps(work.blocks(query, sides), work.seed):
             weights = step.scores()
-            weights.sub_(step.of(most).reshape(*weights.shape[:2], 1)).exp_()
+            rows = weights.shape[:2]
+            weights.sub_(step.of(most).reshape(*rows, 1)).exp_()
             # what a row of the softmax is divided by goes into its gradient, which is narrower
-            inverse = step.of(total).reshape(*weights.shape[:2], 1).reciprocal()
-            given = step.of(grad_out).reshape(*weights.shape[:2], -1) * inverse
-            dot = (given * step.of(out).reshape(given.shape)).sum(-1, keepdim=True)
-            given = given.mul_(step.rescale)
+            of_out = step.of(given).reshape(*rows, -1) / step.of(total).reshape(*rows, 1)
+            mean = (of_out * step.of(out).reshape(of_out.shape)).sum(-1, keepdim=True)
+            of_out.mul_(step.rescale)
             value = values.gather(step.seen.value, step.piece).flatten(0, 1)
-            of_weights = products.of(*weights.shape)
-            torch.bmm(given, value.transpose(1, 2), out=of_weights)
-            if step.kept is None:
-                _add(grads[1::2], step, torch.bmm(weights.transpose(1, 2), given, out=value))
-            else:
-                of_weights.mul_(step.kept)
+            of_scores = torch.bmm(of_out, value.transpose(1, 2), out=products.of(*weights.shape))
+            kept = weights
+            if step.kept is not None:
+                of_scores.mul_(step.kept)
                 kept = step.kept.mul_(weights)
-                _add(grads[1::2], step, torch.bmm(kept.transpose(1, 2), given, out=value))
-            of_scores = of_weights.sub_(dot).mul_(weights)
-            of_query = torch.bmm(of_scores, step.key).mul_(work.scale)
-            step.of(grad_query).copy_(of_query.view(*step.shape, -1))
+            # the windows of values and keys are used up, their memory takes the gradients
+            _add(grads[1::2], step, torch.bmm(kept.transpose(1, 2), of_out, out=value))
+            of_scores.sub_(mean).mul_(weights)
+            answer = torch.bmm(of_scores, step.key).mul_(work.scale)
+            step.of(of_query).copy_(answer.view(*step.shape, -1))
             _add(grads[::2], step, torch.bmm(of_scores.transpose(1, 2), step.query, out=value))
-        return grad_query, *grads, None
+        return None, of_query, grad[:, :, :before] if before else None, *grads
 
 
 class _Step(NamedTuple):
@@ -162,40 +175,30 @@ class _Step(NamedTuple):
         return out
 
 
-def _steps(query: Tensor, sides: Any, work: _Work) -> Iterator[_Step]:
+def _steps(blocks: Blocks, seed: int) -> Iterator[_Step]:
     """All pieces, in the same order forward and backward: dropout is drawn piece by piece."""
-    geometry = work.geometry
-    of_globals, of_sparse, of_tokens = (
-        None if mask is None else Keys(key, value, mask)
-        for key, value, mask in zip(sides[::2], sides[1::2], work.masks, strict=True)
-    )
-    assert of_globals is not None and of_tokens is not None
+    query, geometry = blocks.query, blocks.geometry
     queries, keys, scores, kept = (Buffer(query) for _ in range(4))
-    dropout = _Dropout(work.dropout_p, work.seed)
-    batch, heads, length, width = query.shape
-    for run in geometry.runs(length, 0 if of_sparse is None else of_sparse.key.shape[2]):
-        seen = windows(of_globals, of_sparse, of_tokens, run)
+    dropout = _Dropout(blocks.dropout_p, seed)
+    batch, heads, length, _ = query.shape
+    for run in geometry.runs(length, blocks.num_sparse):
+        seen = windows(blocks, run)
         mask = None if bool(seen.seen.all()) else additive(seen.seen, query.dtype)
-        causal = None
-        if geometry.is_causal:
-            causal = _causal(run.queries, seen.size, query)
+        before = causal(run.queries, seen.size, query) if geometry.is_causal else None
         asking = run.of(query)
         size = seen.size * run.queries * query.element_size()
         for piece in pieces(batch, heads, run.blocks, max(1, CACHE_BYTES // size)):
             some = asking[piece]
-            of_query = queries.of(*some.shape)
-            torch.mul(some, work.scale, out=of_query)
-            key = keys.gather(seen.key, piece).flatten(0, 1)
-            count = len(key)
+            of_query = torch.mul(some, blocks.scale, out=queries.of(*some.shape)).flatten(0, 1)
             yield _Step(
                 run,
                 piece,
                 seen,
-                of_query.flatten(0, 1),
-                key,
+                of_query,
+                keys.gather(seen.key, piece).flatten(0, 1),
                 None if mask is None else piece.of(mask),
-                causal,
-                dropout.draw(kept.of(count, run.queries, seen.size)) if work.dropout_p else None,
+                before,
+                dropout.draw(kept.of(*of_query.shape[:2], seen.size)) if dropout.rate else None,
                 dropout.rescale,
                 scores,
             )
@@ -208,6 +211,7 @@ class _Dropout:
     """
 
     def __init__(self, rate: float, seed: int) -> None:
+        self.rate = rate
         dropped = round(rate * 2**16)
         self.rescale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 0.0
         self._least = dropped - 2**15
@@ -222,12 +226,6 @@ class _Dropout:
         bits = self._bits[:words].random_(-(2**63), None, generator=self._generator)
         out.copy_(bits.view(torch.int16)[: out.numel()].view(out.shape))
         return torch.ge(out, self._least, out=out)
-
-
-def _like(x: Tensor) -> Tensor:
-    """Memory for (B, H, T, D), laid out as (B, T, H, D)."""
-    batch, heads, length, width = x.shape
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
 def _add(grads: list[Tensor | None], step: _Step, given: Tensor) -> None:
@@ -258,9 +256,3 @@ def _parts(window: Window) -> Iterator[Window]:
     for start in range(0, window.size, window.stride):
         size = min(window.stride, window.size - start)
         yield Window(window.start + start, size, window.stride)
-
-
-def _causal(rows: int, columns: int, like: Tensor) -> Tensor:
-    """What keeps queries from the keys after them in their own block, whose keys come last."""
-    seen = torch.ones(rows, columns, dtype=torch.bool, device=like.device)
-    return additive(seen.tril(columns - rows), like.dtype)

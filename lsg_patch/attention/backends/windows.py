@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lsg_patch.attention.bias import BlockBias, RelativeBias
-from lsg_patch.attention.geometry import Geometry, Run, unfold_windows
-from lsg_patch.attention.keys import Keys
+from lsg_patch.attention.bias import BlockBias
+from lsg_patch.attention.blocks import Blocks
+from lsg_patch.attention.geometry import Run, unfold_windows
+from lsg_patch.attention.keys import additive
 
 
 class Windows(NamedTuple):
@@ -33,8 +34,9 @@ class Windows(NamedTuple):
         return self.seen.shape[-1]
 
 
-def windows(global_keys: Keys, sparse: Keys | None, tokens: Keys, run: Run) -> Windows:
-    """What the blocks of ``run`` see of these keys (B, H, n, D)."""
+def windows(blocks: Blocks, run: Run) -> Windows:
+    """What the blocks of ``run`` see."""
+    global_keys, sparse, tokens = blocks.global_keys, blocks.sparse, blocks.tokens
     parts: list[list[Tensor]] = []
     for name in ("key", "value", "mask"):
         dim = 2
@@ -50,21 +52,16 @@ def windows(global_keys: Keys, sparse: Keys | None, tokens: Keys, run: Run) -> W
     return Windows(key, value, seen.unsqueeze(-2))
 
 
-def places(
-    bias: RelativeBias | None,
-    global_keys: Keys,
-    sparse: Keys | None,
-    geometry: Geometry,
-    run: Run,
-) -> tuple[list[Tensor], BlockBias | None]:
+def places(blocks: Blocks, run: Run) -> tuple[list[Tensor], BlockBias | None]:
     """How far the keys that a block sees stand behind its first query, and the bias of it.
 
     The places are in the parts of ``windows``, each (1 or B, 1 or H, 1 or blocks, size): what is
     the same for all blocks is there once.
     """
+    bias, sparse, geometry = blocks.bias, blocks.sparse, blocks.geometry
     if bias is None:
         return [], None
-    of_globals = bias.of_globals(global_keys.key.shape[2])
+    of_globals = bias.of_globals(blocks.global_keys.key.shape[2])
     device = of_globals.device
     block = torch.arange(run.first, run.first + run.blocks, device=device)[:, None]
     start = geometry.block_size * block
@@ -78,6 +75,12 @@ def places(
             found.append(geometry.run_positions(index)[None, None, None])
     token = torch.arange(run.local.start, run.local.start + run.local.size, device=device)
     return [*found, token[None, None, None]], bias.of_blocks(run.queries)
+
+
+def causal(rows: int, columns: int, like: Tensor) -> Tensor:
+    """What keeps queries from the keys after them in their own block, whose keys come last."""
+    seen = torch.ones(rows, columns, dtype=torch.bool, device=like.device)
+    return additive(seen.tril(columns - rows), like.dtype)
 
 
 class Piece(NamedTuple):
@@ -98,13 +101,19 @@ class Piece(NamedTuple):
 
 
 def pieces(batch: int, heads: int, blocks: int, most: int) -> Iterator[Piece]:
-    """Pieces of (batch, heads, blocks) of at most ``most`` blocks each, whole heads where they fit."""
-    some_heads, some_blocks = max(1, most // max(1, blocks)), min(blocks, most)
+    """Pieces of (batch, heads, blocks) of about ``most`` blocks each, whole heads where they fit."""
     for row in range(batch):
-        for head in range(0, heads, some_heads):
-            for block in range(0, blocks, some_blocks):
-                here = slice(block, min(block + some_blocks, blocks))
-                yield Piece(row, slice(head, min(head + some_heads, heads)), here)
+        for some_heads in _shares(heads, max(1, most // blocks)):
+            for some_blocks in _shares(blocks, most):
+                yield Piece(row, some_heads, some_blocks)
+
+
+def _shares(count: int, most: int) -> Iterator[slice]:
+    """Shares of ``count`` of about ``most``, as equal as even ones can be: for two threads or more."""
+    size = -(-count // -(-count // most))
+    size += size % 2 if 1 < size < count else 0
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 class Buffer:
