@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.store import read
 from lsg_patch.attention import Geometry
 
 # (comparison, name of the file, label of the vertical axis)
@@ -19,7 +19,7 @@ AGAINST_LENGTH = (
 
 def draw(results: Path) -> list[Path]:
     """Draws what the results hold, next to them; the paths of the plots."""
-    records = json.loads(results.read_text(encoding="utf-8"))["records"]
+    records = read(results)
     paths = []
     for comparison, name, label in AGAINST_LENGTH:
         lines = _lines(records, comparison, lambda record: record["value"]["median"])
