@@ -92,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no comparison {', '.join(unknown)}; there are {', '.join(COMPARISONS)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    measured_in = conditions(args.layers)
 
     records: list[Record] = []
     for name in names:
@@ -100,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for found in comparison.run(_options(comparison, args)):
             records += found
             if args.json:
-                merge(args.json, found, measured_in)
+                merge(args.json, found, conditions(args.layers))
             print(f"{name}, {found[0].case}: done", file=sys.stderr)
     print(render(records))
     missed = [record for record in records if record.missed]

@@ -11,8 +11,8 @@ BARS: dict[tuple[str, str, str], float] = {
     # Peak memory of one forward, to that at a quarter of the length: 4 is linear, 16 quadratic.
     ("memory", "8192 to 32768 tokens", "*"): 4.4,
     # Time and peak memory of a token, to those at an eighth of the length.
-    ("growth", "8192 to 65536 tokens, norm, time", "*"): 1.15,
-    ("growth", "8192 to 65536 tokens, norm, memory", "*"): 1.15,
+    ("growth", "8192 to 65536 tokens, norm, time", "1 of 65536"): 1.15,
+    ("growth", "8192 to 65536 tokens, norm, memory", "1 of 65536"): 1.15,
     # Time of a batch with padding, to that of its texts, each alone and without padding.
     ("ragged", "8 of 200 to 4096 tokens, norm", "unpad=True"): 1.15,
     # Time of the attention product alone, to that of full fused attention.
@@ -28,7 +28,7 @@ BARS: dict[tuple[str, str, str], float] = {
     ("regression", "forward, 1024 tokens", "norm"): 1.4,
     ("regression", "attention, 4096 tokens", "norm"): 0.35,
     ("regression", "attention, 4096 tokens", "none"): 0.22,
-    ("regression", "memory, 1024 to 8192 tokens", "norm"): 8.8,
+    ("regression", "memory, 1024 to 8192 tokens", "*"): 8.8,
 }
 
 # Milliseconds that these may take, for BERT-base.

@@ -60,12 +60,12 @@ def memory(options: Options) -> Iterator[list[Record]]:
     """Peak memory of one forward, and how it grows from the shortest length to the longest."""
     short, long = min(options.lengths), max(options.lengths)
     base = bert(options.layers, long)
+    case, records = f"{short} to {long} tokens", []
     for selection in options.selections:
         model = patched_copy(base, selection)
         least, most = (_peak(model, inputs(length)) for length in (short, long))
-        yield [
-            _single("memory", f"{short} to {long} tokens", selection, most / least, [most], "MiB")
-        ]
+        records.append(_single("memory", case, selection, most / least, [most], "MiB"))
+    yield records
 
 
 def growth(options: Options) -> Iterator[list[Record]]:
@@ -254,7 +254,7 @@ def _single(
 class Comparison:
     """A comparison, and what it measures where nothing else is asked for."""
 
-    run: Callable[[Options], Iterator[list[Record]]]
+    run: Callable[[Options], Iterator[list[Record]]]  # a case at a time, with all its sides
     minutes: float  # that it takes so, about, on 2 cores
     lengths: tuple[int, ...] = ()
     selections: tuple[str, ...] = ("norm",)
@@ -274,7 +274,7 @@ COMPARISONS = {
     "small": Comparison(small, 0.3, (), ()),
     "train": Comparison(train, 2, (4096,), rounds=FEW),
     "growth": Comparison(growth, 5, (8192, 65536), rounds=FEW),
-    "peers": Comparison(peers, 3, (512, 1024, 2048, 4096), rounds=FEW),
+    "peers": Comparison(peers, 4, (512, 1024, 2048, 4096), rounds=FEW),
     "regression": Comparison(
         regression, 0.7, (1024, 4096, 8192), ("norm", "none"), Rounds(seconds=5)
     ),

@@ -162,8 +162,10 @@ def test_forward(tmp_path: Path) -> None:
 
 
 def test_memory_is_held_to_the_ratio_of_the_lengths(tmp_path: Path) -> None:
-    (record,) = measured(tmp_path, "memory", "--lengths", "1024", "2048")["1024 to 2048 tokens"]
-    assert 1.9 < record["ratio"]["median"] < 2.1
+    argv = ("memory", "--selections", "norm", "none", "--lengths", "1024", "2048")
+    norm, none = measured(tmp_path, *argv)["1024 to 2048 tokens"]
+    assert (norm["side"], none["side"]) == ("norm", "none")
+    assert 1.9 < norm["ratio"]["median"] < 2.1
 
 
 def test_growth_has_as_many_tokens_on_both_sides(tmp_path: Path) -> None:
@@ -253,6 +255,8 @@ def test_the_regression_check_counts_one_thread(
     finally:
         torch.set_num_threads(before)
     assert (threads, clocks) == ({1}, {time.process_time})
+    [run] = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert run["conditions"]["threads"] == 1
     assert set(cases) == {
         "forward, 64 tokens",
         "attention, 300 tokens",
@@ -267,7 +271,8 @@ def test_every_bar_is_of_a_comparison_at_its_own_lengths() -> None:
         of = COMPARISONS[comparison]
         named = {int(number) for number in re.findall(r"\d{3,}", case)}
         assert named <= set(of.lengths), case
-        assert side in {"*", "unpad=True", *of.selections}
+        longest = max(of.lengths, default=0)
+        assert side in {"*", "unpad=True", f"1 of {longest}", *of.selections}
 
 
 def test_help_says_what_each_comparison_takes(capsys: pytest.CaptureFixture[str]) -> None:
