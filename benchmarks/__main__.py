@@ -3,59 +3,76 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 
-from benchmarks.comparisons import COMPARISONS, QUICK, Options
+from benchmarks.comparisons import COMPARISONS, QUICK, Comparison, Options
 from benchmarks.harness import Record, Rounds, render
 from benchmarks.models import SELECTIONS
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers depend on, apart from the code."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
+from benchmarks.store import conditions, merge
 
 
 def build_parser() -> argparse.ArgumentParser:
-    defaults = Options()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "comparisons",
         nargs="*",
         metavar="COMPARISON",
-        help=f"of {', '.join(COMPARISONS)} (default: {', '.join(QUICK)}); or plots, of --json's",
+        help=f"of those below (default: {' '.join(QUICK)}); or plots, of --json's results",
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=defaults.lengths, metavar="T")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", metavar="T", help="tokens, in place of a comparison's own"
+    )
     parser.add_argument(
         "--selections",
         nargs="+",
         choices=SELECTIONS,
         metavar="NAME",
-        help=f"of {', '.join(SELECTIONS)} (default: all for time, norm for memory)",
+        help=f"of {', '.join(SELECTIONS)}",
     )
-    parser.add_argument("--layers", type=int, default=defaults.layers)
+    parser.add_argument("--layers", type=int, default=Options.layers)
     parser.add_argument(
         "--repeats", type=int, metavar="N", help="rounds of each case (default: by its duration)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there too")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="write the results there; those of other comparisons and cases stay",
+    )
     parser.add_argument("--check", action="store_true", help="exit code 1 if a bar is missed")
     return parser
+
+
+def _overview() -> str:
+    """The comparisons as a table: what they measure, where, and how long that takes."""
+    lines = ["comparisons, with their lengths, selections and about how long they take on 2 cores:"]
+    for name, of in COMPARISONS.items():
+        chosen = "all" if of.selections == SELECTIONS else " ".join(of.selections)
+        where = "; ".join(
+            filter(None, (" ".join(map(str, of.lengths)), chosen, f"{of.minutes:g} min"))
+        )
+        lines += [f"  {name:<11} {of.summary}", f"  {'':<11} ({where})"]
+    return "\n".join(lines)
+
+
+def _options(comparison: Comparison, args: argparse.Namespace) -> Options:
+    """What a comparison is to do: its own choice where the command line says nothing."""
+    return Options(
+        lengths=tuple(args.lengths or comparison.lengths),
+        selections=tuple(args.selections or comparison.selections),
+        layers=args.layers,
+        rounds=Rounds(least=args.repeats, most=args.repeats) if args.repeats else comparison.rounds,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,32 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no comparison {', '.join(unknown)}; there are {', '.join(COMPARISONS)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    defaults = Options()
-    rounds = defaults.rounds
-    if args.repeats:
-        rounds = Rounds(least=args.repeats, most=args.repeats)
-    options = Options(
-        lengths=tuple(args.lengths),
-        selections=tuple(args.selections or defaults.selections),
-        memory_selections=tuple(args.selections or defaults.memory_selections),
-        layers=args.layers,
-        rounds=rounds,
-    )
 
     records: list[Record] = []
     for name in names:
-        for found in COMPARISONS[name](options):
+        comparison = COMPARISONS[name]
+        for found in comparison.run(_options(comparison, args)):
             records += found
+            if args.json:
+                merge(args.json, found, conditions(args.layers))
             print(f"{name}, {found[0].case}: done", file=sys.stderr)
     print(render(records))
     missed = [record for record in records if record.missed]
-    if args.json:
-        report = {
-            "environment": environment(),
-            "layers": options.layers,
-            "records": [asdict(r) | {"missed": r.missed} for r in records],
-        }
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if args.check and missed:
         for r in missed:
             what = f"{r.comparison}, {r.case}, {r.side}"

@@ -1,4 +1,4 @@
-"""The comparisons. A new one is a function here and a line in `COMPARISONS`; a peer is a `Side`."""
+"""The comparisons. A new one is a function here and an entry in `COMPARISONS`; a peer is a `Side`."""
 
 from __future__ import annotations
 
@@ -15,26 +15,34 @@ from torch.nn import functional as F
 
 from benchmarks.bars import BUDGETS, bar
 from benchmarks.harness import Record, Rounds, Side, Spread, records_of, time_sides
-from benchmarks.models import SELECTIONS, bert, inputs, patched_copy
-from benchmarks.peers import PEERS, local_attention
+from benchmarks.models import SELECTIONS, bert, inputs, padded, patched_copy
+from benchmarks.peers import available, local_attention
 from lsg_patch import lsg_attention, patch_model, unpatch_model
 from lsg_patch.memory import peak_memory
-
-MEMORY_LENGTHS = (8192, 32768)
 
 
 @dataclass(frozen=True)
 class Options:
-    lengths: tuple[int, ...] = (128, 1024, 4096)
-    selections: tuple[str, ...] = SELECTIONS
-    memory_selections: tuple[str, ...] = ("norm",)
+    """What a comparison is to measure."""
+
+    lengths: tuple[int, ...]
+    selections: tuple[str, ...] = ("norm",)
     layers: int = 2
     rounds: Rounds = field(default_factory=Rounds)
+    clock: Callable[[], float] = time.perf_counter
 
 
 @torch.inference_mode()
-def _run(model: torch.nn.Module, batch: dict[str, Any]) -> None:
-    model(**batch)
+def _run(model: torch.nn.Module, *batches: dict[str, Any]) -> None:
+    for batch in batches:
+        model(**batch)
+
+
+def _peak(model: torch.nn.Module, batch: dict[str, Any]) -> float:
+    """MiB that a forward needs at its peak, beyond weights and input."""
+    with peak_memory() as used:
+        _run(model, batch)
+    return used.peak_bytes / 2**20
 
 
 def forward(options: Options) -> Iterator[list[Record]]:
@@ -44,39 +52,81 @@ def forward(options: Options) -> Iterator[list[Record]]:
     for length in options.lengths:
         batch = inputs(length)
         sides = [Side(name, partial(_run, model, batch)) for name, model in models.items()]
-        seconds = time_sides(sides, options.rounds)
+        seconds = time_sides(sides, options.rounds, options.clock)
         yield records_of("forward", f"{length} tokens", sides, seconds, bar)
 
 
 def memory(options: Options) -> Iterator[list[Record]]:
-    """Peak memory of one forward, and how it grows when the input is four times as long."""
-    short, long = MEMORY_LENGTHS
+    """Peak memory of one forward, and how it grows from the shortest length to the longest."""
+    short, long = min(options.lengths), max(options.lengths)
     base = bert(options.layers, long)
-    for selection in options.memory_selections:
+    case, records = f"{short} to {long} tokens", []
+    for selection in options.selections:
         model = patched_copy(base, selection)
-        peaks = []
-        for length in (short, long):
-            with peak_memory() as used:
-                _run(model, inputs(length))
-            peaks.append(used.peak_bytes)
-        growth, peak = peaks[1] / peaks[0], peaks[1] / 2**20
-        case = f"{short} to {long} tokens"
-        yield [_single("memory", case, selection, growth, [peak], "MiB")]
+        least, most = (_peak(model, inputs(length)) for length in (short, long))
+        records.append(_single("memory", case, selection, most / least, [most], "MiB"))
+    yield records
+
+
+def growth(options: Options) -> Iterator[list[Record]]:
+    """Time and peak memory per token: the longest length against the shortest.
+
+    As many tokens on both sides: a long text against as many short ones, one after another.
+    """
+    short, long = min(options.lengths), max(options.lengths)
+    base = bert(options.layers, long)
+    for selection in options.selections:
+        model = patched_copy(base, selection)
+        many, one = [inputs(short)] * (long // short), inputs(long)
+        sides = [
+            Side(f"{len(many)} of {short}", partial(_run, model, *many)),
+            Side(f"1 of {long}", partial(_run, model, one)),
+        ]
+        case = f"{short} to {long} tokens, {selection}"
+        seconds = time_sides(sides, options.rounds, options.clock)
+        yield records_of("growth", f"{case}, time", sides, seconds, bar)
+        peaks = [_peak(model, many[0]), _peak(model, one)]
+        shares = [1.0, peaks[1] / peaks[0] * short / long]
+        case = f"{case}, memory"
+        yield [
+            _single("growth", case, name, share, [peak], "MiB")
+            for name, share, peak in zip(
+                (f"1 of {short}", sides[1].name), shares, peaks, strict=True
+            )
+        ]
+
+
+def ragged(options: Options) -> Iterator[list[Record]]:
+    """Time of a padded batch of 8 unequal texts, with and without `unpad`, against each text alone."""
+    short, long = min(options.lengths), max(options.lengths)
+    texts = [inputs(short + (long - short) * i // 7) for i in range(8)]
+    base = bert(options.layers, long)
+    for selection in options.selections:
+        model = patched_copy(base, selection)
+        batch = padded(texts)
+        sides = [
+            Side("one by one", partial(_run, model, *texts)),
+            Side("unpad=True", partial(_run, patched_copy(base, selection, unpad=True), batch)),
+            Side("unpad=False", partial(_run, model, batch)),
+        ]
+        seconds = time_sides(sides, options.rounds, options.clock)
+        case = f"8 of {short} to {long} tokens, {selection}"
+        yield records_of("ragged", case, sides, seconds, bar)
 
 
 @torch.inference_mode()
 def attention(options: Options) -> Iterator[list[Record]]:
     """Time of the attention product alone, 12 heads of 64, against full fused attention."""
+    local = local_attention(128)
     for length in options.lengths:
         drawn = torch.randn(3, 1, length + 1, 12, 64)
         query, key, value = drawn.transpose(2, 3)
         sides = [Side("full (sdpa)", partial(F.scaled_dot_product_attention, query, key, value))]
         lsg = partial(lsg_attention, query, key, value, num_global_tokens=1, backend="sdpa")
         sides += [Side(name, partial(lsg, sparsity_type=name)) for name in options.selections]
-        local = local_attention(128)
         if local is not None:
             sides.append(Side("local-attention", partial(local, query, key, value)))
-        seconds = time_sides(sides, options.rounds)
+        seconds = time_sides(sides, options.rounds, options.clock)
         yield records_of("attention", f"{length} tokens", sides, seconds, bar)
 
 
@@ -87,39 +137,43 @@ def _train(model: torch.nn.Module, batch: dict[str, Any]) -> None:
 
 def train(options: Options) -> Iterator[list[Record]]:
     """Time of a training step with attention dropout, against each of its references."""
-    length = max(options.lengths)
-    base = bert(options.layers, length)
-    peers = {name: PEERS[name](options.layers, length) for name in ("BigBird", "Longformer")}
-    models = {"full (sdpa)": base} | peers
-    models |= {name: patched_copy(base, name) for name in options.memory_selections}
-    batch = inputs(length)
-    sides = [Side(name, partial(_train, model.train(), batch)) for name, model in models.items()]
-    seconds = time_sides(sides, replace(options.rounds, least=min(3, options.rounds.least)))
-    ours = range(1 + len(peers), len(sides))
-    for reference in range(1 + len(peers)):
-        shown = (reference, *ours)
-        case = f"{length} tokens, to {sides[reference].name}"
-        yield records_of("train", case, [sides[i] for i in shown], [seconds[i] for i in shown], bar)
+    for length in options.lengths:
+        base = bert(options.layers, length)
+        others = {
+            name: make(options.layers, length)
+            for name, make in available("BigBird", "Longformer").items()
+        }
+        models = {"full (sdpa)": base} | others
+        models |= {name: patched_copy(base, name) for name in options.selections}
+        batch = inputs(length)
+        sides = [
+            Side(name, partial(_train, model.train(), batch)) for name, model in models.items()
+        ]
+        seconds = time_sides(sides, options.rounds, options.clock)
+        ours = range(1 + len(others), len(sides))
+        for reference in range(1 + len(others)):
+            shown = (reference, *ours)
+            case = f"{length} tokens, to {sides[reference].name}"
+            times = [seconds[i] for i in shown]
+            yield records_of("train", case, [sides[i] for i in shown], times, bar)
 
 
 def peers(options: Options) -> Iterator[list[Record]]:
-    """Time and peak memory of one forward: full attention against norm and every other model."""
+    """Time and peak memory of one forward: full attention against other models, and ours."""
+    others = available()
     for length in options.lengths:
         base = bert(options.layers, length)
         models: dict[str, torch.nn.Module] = {"full (sdpa)": base}
-        models["norm"] = patched_copy(base, "norm")
-        models |= {name: make(options.layers, length) for name, make in PEERS.items()}
+        models |= {name: patched_copy(base, name) for name in options.selections}
+        models |= {name: make(options.layers, length) for name, make in others.items()}
         batch, case = inputs(length), f"{length} tokens"
         sides = [Side(name, partial(_run, model, batch)) for name, model in models.items()]
-        yield records_of("peers", case, sides, time_sides(sides, options.rounds), bar)
-        peaks = []
-        for side in sides:
-            with peak_memory() as used:
-                side.call()
-            peaks.append(used.peak_bytes / 2**20)
+        seconds = time_sides(sides, options.rounds, options.clock)
+        yield records_of("peers", case, sides, seconds, bar)
+        peaks = {name: _peak(model, batch) for name, model in models.items()}
         yield [
-            _single("peers' memory", case, side.name, peak / peaks[0], [peak], "MiB")
-            for side, peak in zip(sides, peaks, strict=True)
+            _single("peers' memory", case, name, peak / peaks["full (sdpa)"], [peak], "MiB")
+            for name, peak in peaks.items()
         ]
 
 
@@ -151,6 +205,35 @@ def small(options: Options) -> Iterator[list[Record]]:
     ]
 
 
+def regression(options: Options) -> Iterator[list[Record]]:
+    """What continuous integration holds to: one thread, its own seconds, the fastest runs.
+
+    Seconds of the process and the least of them are what other work on the machine disturbs least.
+    A forward at the first length, the product alone at the second, memory from the first to the last.
+    """
+    first, second, last = options.lengths
+    options = replace(options, clock=time.process_time)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        parts = (
+            forward(replace(options, lengths=(first,))),
+            attention(replace(options, lengths=(second,))),
+            memory(replace(options, lengths=(first, last))),
+        )
+        for part in parts:
+            for found in part:
+                yield [_for_regression(record) for record in found]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _for_regression(record: Record) -> Record:
+    case = f"{record.comparison}, {record.case}"
+    held_to = bar("regression", case, record.side)
+    return replace(record, comparison="regression", case=case, bar=held_to, is_best_held=True)
+
+
 def _single(
     comparison: str, case: str, side: str, ratio: float, values: Sequence[float], unit: str
 ) -> Record:
@@ -167,13 +250,34 @@ def _single(
     )
 
 
-COMPARISONS: dict[str, Callable[[Options], Iterator[list[Record]]]] = {
-    "forward": forward,
-    "memory": memory,
-    "attention": attention,
-    "train": train,
-    "small": small,
-    "peers": peers,
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison, and what it measures where nothing else is asked for."""
+
+    run: Callable[[Options], Iterator[list[Record]]]  # a case at a time, with all its sides
+    minutes: float  # that it takes so, about, on 2 cores
+    lengths: tuple[int, ...] = ()
+    selections: tuple[str, ...] = ("norm",)
+    rounds: Rounds = field(default_factory=Rounds)
+
+    @property
+    def summary(self) -> str:
+        return (self.run.__doc__ or "").partition("\n")[0]
+
+
+FEW = Rounds(least=3)  # of rounds that take long
+COMPARISONS = {
+    "forward": Comparison(forward, 1.5, (128, 1024, 4096), SELECTIONS),
+    "attention": Comparison(attention, 0.7, (128, 1024, 4096), SELECTIONS),
+    "memory": Comparison(memory, 0.7, (8192, 32768)),
+    "ragged": Comparison(ragged, 1.5, (200, 4096), rounds=FEW),
+    "small": Comparison(small, 0.3, (), ()),
+    "train": Comparison(train, 2, (4096,), rounds=FEW),
+    "growth": Comparison(growth, 5, (8192, 65536), rounds=FEW),
+    "peers": Comparison(peers, 4, (512, 1024, 2048, 4096), rounds=FEW),
+    "regression": Comparison(
+        regression, 0.7, (1024, 4096, 8192), ("norm", "none"), Rounds(seconds=5)
+    ),
 }
-# what is run where nothing is named: minutes
-QUICK = ("forward", "memory", "attention", "train", "small")
+# what is run where nothing is named: 5 minutes
+QUICK = ("forward", "attention", "memory", "ragged", "small")

@@ -46,11 +46,13 @@ class Record:
     value: Spread  # in `unit`
     unit: str
     samples: int
-    bar: float | None = None  # the most that the median ratio may be
+    bar: float | None = None  # the most that the median ratio may be,
+    is_best_held: bool = False  # or, if so, the best one
 
     @property
     def missed(self) -> bool:
-        return self.bar is not None and self.ratio.median > self.bar
+        held = self.best if self.is_best_held else self.ratio.median
+        return self.bar is not None and held > self.bar
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ class Rounds:
 def time_sides(
     sides: Sequence[Side], rounds: Rounds, clock: Callable[[], float] = time.perf_counter
 ) -> list[list[float]]:
-    """Seconds of each side (in the sides' order) in each round, after two rounds of warm-up.
+    """Seconds of each side (in the sides' order) in each round, after one or two of warm-up.
 
-    The first round of warm-up pays for what is set up once; the second one tells the speed.
+    The first round of warm-up pays for what is set up once; the second one tells the speed, where
+    the first has not taken so long already that the one says little about the other.
     """
 
     def one_round() -> list[float]:
@@ -82,8 +85,10 @@ def time_sides(
             times.append(clock() - start)
         return times
 
-    one_round()
-    count = rounds.after(sum(one_round()))
+    warm_up = sum(one_round())
+    if warm_up < rounds.seconds:
+        warm_up = sum(one_round())
+    count = rounds.after(warm_up)
     return [list(times) for times in zip(*(one_round() for _ in range(count)), strict=True)]
 
 

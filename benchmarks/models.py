@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertModel
 
 from lsg_patch import patch_model
@@ -14,8 +16,8 @@ SELECTIONS = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling",
 VOCABULARY = 1000
 
 
-def bert(layers: int, positions: int) -> BertModel:
-    """BERT-base in width, with fused full attention over up to `positions` tokens."""
+def bert(layers: int, positions: int, attention: str = "sdpa") -> BertModel:
+    """BERT-base in width, with full attention (fused, or "eager") over up to `positions` tokens."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -26,21 +28,30 @@ def bert(layers: int, positions: int) -> BertModel:
     )
     # Models before transformers 4.48 have no choice of attention; newer ones choose this one
     # themselves, and it is set here so that nothing weaker is ever the reference.
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     return BertModel(config).eval()
 
 
-def patched_copy(model: BertModel, sparsity_type: str) -> BertModel:
+def patched_copy(model: BertModel, sparsity_type: str, unpad: bool = False) -> BertModel:
     """A patched deep copy, so that no patching happens where time is taken."""
-    positions = model.config.max_position_embeddings
     return patch_model(
-        copy.deepcopy(model), sparsity_type=sparsity_type, max_position_embeddings=positions
+        copy.deepcopy(model),
+        sparsity_type=sparsity_type,
+        max_position_embeddings=model.config.max_position_embeddings,
+        unpad=unpad,
     )
 
 
-def inputs(length: int, batch: int = 1) -> dict[str, Tensor]:
-    """What a tokenizer gives for texts of exactly `length` tokens, (B, T)."""
+def inputs(length: int) -> dict[str, Tensor]:
+    """What a tokenizer gives for a text of exactly `length` tokens, (1, T)."""
     generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+    ids = torch.randint(3, VOCABULARY, (1, length), generator=generator)
     ids[:, 0] = 1
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def padded(texts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One batch of these inputs, padded to the longest, (B, T)."""
+    return {
+        name: pad_sequence([text[name][0] for text in texts], batch_first=True) for name in texts[0]
+    }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -30,9 +31,7 @@ def _made(name: str, layers: int, positions: int, **settings: Any) -> nn.Module:
 
 def eager(layers: int, positions: int) -> nn.Module:
     """BERT with full attention whose scores are written out."""
-    model: nn.Module = bert(layers, positions)
-    config: Any = model.config
-    config._attn_implementation = "eager"
+    model: nn.Module = bert(layers, positions, "eager")
     return model
 
 
@@ -54,19 +53,37 @@ def modernbert(layers: int, positions: int) -> nn.Module:
     return _made("ModernBert", layers, positions, **ids, attn_implementation="sdpa")
 
 
-# name -> model of (layers, positions)
-PEERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "full (eager)": eager,
-    "BigBird": bigbird,
-    "Longformer": longformer,
-    "Nystromformer": nystromformer,
-    "ModernBERT": modernbert,
+class Peer(NamedTuple):
+    """Another model: how it is made, of (layers, positions), and transformers' class that it is."""
+
+    make: Callable[[int, int], nn.Module]
+    base: str
+
+
+PEERS = {
+    "full (eager)": Peer(eager, "BertModel"),
+    "BigBird": Peer(bigbird, "BigBirdModel"),
+    "Longformer": Peer(longformer, "LongformerModel"),
+    "Nystromformer": Peer(nystromformer, "NystromformerModel"),
+    "ModernBERT": Peer(modernbert, "ModernBertModel"),
 }
 
 
+def available(*names: str) -> dict[str, Callable[[int, int], nn.Module]]:
+    """How peers of these names (none: all) are made; says which this transformers does not have."""
+    found = {}
+    for name in names or PEERS:
+        if hasattr(transformers, PEERS[name].base):
+            found[name] = PEERS[name].make
+        else:
+            _leave_out(name, f"transformers {transformers.__version__} does not have it")
+    return found
+
+
 def local_attention(window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The local window alone, by the package local-attention; None where it is not installed."""
+    """The local window alone, by the package local-attention; says so where it is not installed."""
     if importlib.util.find_spec("local_attention") is None:
+        _leave_out("local-attention", "it is not installed (pip install local-attention)")
         return None
     from local_attention import LocalAttention
 
@@ -74,3 +91,7 @@ def local_attention(window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
         window_size=window, look_backward=1, look_forward=1, causal=False, autopad=True
     )
     return attend
+
+
+def _leave_out(name: str, reason: str) -> None:
+    print(f"{name} is left out: {reason}", file=sys.stderr)

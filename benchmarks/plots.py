@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models import SELECTIONS
+from benchmarks.store import read
 from lsg_patch.attention import Geometry
 
 # (comparison, name of the file, label of the vertical axis)
@@ -19,7 +20,7 @@ AGAINST_LENGTH = (
 
 def draw(results: Path) -> list[Path]:
     """Draws what the results hold, next to them; the paths of the plots."""
-    records = json.loads(results.read_text(encoding="utf-8"))["records"]
+    records = read(results)
     paths = []
     for comparison, name, label in AGAINST_LENGTH:
         lines = _lines(records, comparison, lambda record: record["value"]["median"])
@@ -65,16 +66,31 @@ def _plot(lines: dict[str, list[tuple[int, float]]], label: str, path: Path, is_
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(7, 4))
     for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        is_ours = name in SELECTIONS
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            markersize=3,
+            linewidth=2 if is_ours else 1,
+            linestyle="-" if is_ours else "--",
+            label=f"LSG, {name}" if is_ours else name,
+        )
     axes.set_xscale("log", base=2)
+    lengths = sorted({length for points in lines.values() for length, _ in points})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     if is_log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("{x:,.0f}")
+        axes.tick_params(axis="y", which="minor", labelsize="x-small")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
     return path
