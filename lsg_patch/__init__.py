@@ -1,21 +1,25 @@
 """LSG attention for models of the BERT family: long inputs by one line, in place, and back."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lsg_patch import requirements
 
 requirements.check()  # before an import fails that says less
 
-from lsg_patch.attention import RelativeBias, lsg_attention
-from lsg_patch.config import LSGConfig
-from lsg_patch.families import AttentionNames, Family, Rotary, register_family
-from lsg_patch.patching import (
-    freeze_except_global,
-    get_config,
-    global_embeddings,
-    is_patched,
-    patch_model,
-    patched,
-    unpatch_model,
-)
+if TYPE_CHECKING:
+    from lsg_patch.attention import RelativeBias, lsg_attention
+    from lsg_patch.config import LSGConfig
+    from lsg_patch.families import AttentionNames, Family, Rotary, register_family
+    from lsg_patch.patching import (
+        freeze_except_global,
+        get_config,
+        global_embeddings,
+        is_patched,
+        patch_model,
+        patched,
+        unpatch_model,
+    )
 
 __all__ = [
     "AttentionNames",
@@ -33,3 +37,34 @@ __all__ = [
     "register_family",
     "unpatch_model",
 ]
+
+# rooms open at the first use of a name: `import lsg_patch` loads neither torch nor a model's code
+_ROOMS = {
+    "attention": ("RelativeBias", "lsg_attention"),
+    "config": ("LSGConfig",),
+    "families": ("AttentionNames", "Family", "Rotary", "register_family"),
+    "patching": (
+        "freeze_except_global",
+        "get_config",
+        "global_embeddings",
+        "is_patched",
+        "patch_model",
+        "patched",
+        "unpatch_model",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or one of the rooms (PEP 562)."""
+    for room, names in _ROOMS.items():
+        if name == room:
+            return import_module(f"{__name__}.{room}")
+        if name in names:
+            found = globals()[name] = getattr(import_module(f"{__name__}.{room}"), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

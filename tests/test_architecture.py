@@ -26,6 +26,7 @@ FORBIDDEN = {
     "families": ("transformers", "attention", "modules", "plan", "patching"),
     "modules": ("transformers", "plan", "patching", "tokenizer"),
     "plan.py": ("patching", "cli", "demo"),
+    "hooking.py": ("patching", "cli", "demo"),
     "patching.py": ("cli", "demo", "memory"),
     "requirements.py": ("torch", "transformers", "compat"),
     "undo.py": ("transformers", "families", "modules", "attention", "config"),

@@ -19,17 +19,8 @@ from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
-from lsg_patch.modules.stack import (
-    EnterModel,
-    Layout,
-    LeaveModel,
-    enter,
-    lay_out,
-    leave,
-    map_hidden_states,
-    map_output,
-    with_globals_in_front,
-)
+from lsg_patch.modules.layout import Layout, enter, lay_out, leave, with_globals_in_front
+from lsg_patch.modules.stack import EnterModel, LeaveModel, map_hidden_states, map_output
 
 
 def lay_out_step(mask: Tensor, length: int, config: LSGConfig) -> Layout:

@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
-from lsg_patch.modules.stack import (
-    EnterModel,
-    as_padding_mask,
-    enter,
-    lay_out,
-    leave,
-    map_hidden_states,
-    wants,
-)
+from lsg_patch.modules.layout import enter, lay_out, leave
+from lsg_patch.modules.stack import EnterModel, as_padding_mask, map_hidden_states, wants
 
 
 @dataclass(frozen=True)

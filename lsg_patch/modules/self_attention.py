@@ -16,7 +16,7 @@ from lsg_patch.config import LSGConfig
 from lsg_patch.families import AttentionNames, Family, Rotary
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.causal import KeptKeys
-from lsg_patch.modules.stack import Batch, Layout
+from lsg_patch.modules.layout import Batch, Layout
 from lsg_patch.undo import Journal
 
 

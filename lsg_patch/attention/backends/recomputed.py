@@ -23,7 +23,7 @@ from lsg_patch.attention.backends.windows import (
     windows,
 )
 from lsg_patch.attention.blocks import Blocks, memory_like
-from lsg_patch.attention.geometry import Geometry, Run, Window
+from lsg_patch.attention.geometry import Geometry, Run, Window, unfold_windows
 from lsg_patch.attention.keys import Keys, additive
 
 # half precision would lose what the sums are made of
@@ -239,15 +239,13 @@ def _add(grads: list[Tensor | None], step: _Step, given: Tensor) -> None:
     given = given.view(*step.shape[:2], *given.shape[1:])
     count = of_globals.shape[2]
     of_globals[piece.row, piece.heads].add_(given[:, :, :count].sum(1))
+    first, blocks = run.first + piece.blocks.start, step.shape[1]
     spans = [(of_sparse, window) for window in run.sparse] + [(of_tokens, run.local)]
     for grad, window in spans:
         assert grad is not None
         for part in _parts(window):
-            first = part.start + (run.first + piece.blocks.start) * part.stride
-            reach = (step.shape[1] - 1) * part.stride + part.size
-            own = grad[piece.row, piece.heads].narrow(1, first, reach)
-            target = own.unfold(1, part.size, part.stride).movedim(-1, 2)
-            target.add_(given[:, :, count : count + part.size])
+            views = unfold_windows(grad[piece.row, piece.heads], (part,), blocks, 1, first)
+            views[0].add_(given[:, :, count : count + part.size])
             count += part.size
 
 

@@ -1,0 +1,293 @@
+"""Where the tokens of an input lie in the layer stack, and back.
+
+Global tokens stand in front, padding is turned to the right side and to whole blocks; or the real
+tokens alone are packed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lsg_patch.attention import RelativeBias
+from lsg_patch.attention.compiling import is_compiling
+from lsg_patch.config import LSGConfig
+
+
+class Batch(NamedTuple):
+    """Sequences of a packed stack that are attended to together: as many rows each.
+
+    Attributes:
+        sequences: how many, each [global tokens | tokens | padding], one after the other.
+        size: the stack's rows of one of them.
+        key_mask: (1 or sequences, size - g), as in ``Layout``.
+        bias: as in ``Layout``, of these rows.
+    """
+
+    sequences: int
+    size: int
+    key_mask: Tensor | None
+    bias: RelativeBias | None = None
+
+
+class Layout(NamedTuple):
+    """How a batch lies in the stack; the layers receive it in place of a padding mask.
+
+    A row of the stack is [global tokens | the row's tokens from its first real one on | padding];
+    in short inputs whose first token is masked, the first global token stands in its very place.
+    Padding on the left is turned to the right side: then blocks begin where the text begins, and
+    results do not depend on how much padding there was.
+
+    Attributes:
+        key_mask: (1 or B, T) over the tokens of the stack, True where one is seen as a key; None:
+            all are seen.
+        rows: (1 or B, T0): the stack's row that each token of the input is given back from.
+        rotation: where positions are rotary, the cosines and sines of the stack's rows, each
+            (1 or B, g + T, head size / 2).
+        bias: of the scores, in families that have one.
+        batches: of a packed stack, which is (1, N, width): what attends together, in order. Then
+            ``key_mask`` and ``bias`` are None, each batch has its own. Empty: it is not packed.
+    """
+
+    key_mask: Tensor | None
+    rows: Tensor
+    rotation: tuple[Tensor, Tensor] | None = None
+    bias: RelativeBias | None = None
+    batches: tuple[Batch, ...] = ()
+
+
+class Placement(NamedTuple):
+    """Where the tokens of an input (B, T0) go.
+
+    Attributes:
+        first: (1 or B, 1), each row's first real token.
+        tokens: (1 or B, T), the input's token in each place of the stack; what stands in a place of
+            padding means nothing.
+        stood_in: 1 where the first token gets no place, because a global token stands in for it.
+    """
+
+    first: Tensor
+    tokens: Tensor
+    stood_in: int
+
+
+def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.device) -> Placement:
+    """Places for inputs of ``length`` tokens with the padding mask (B, length), True for tokens."""
+    geometry = config.geometry()
+    # beyond two blocks it keeps its place, which the blocks are counted from; a decoder that sees the
+    # global tokens sees it as well
+    is_short = length <= geometry.full_length
+    stood_in = int(
+        bool(config.mask_first_token) and is_short and not config.pass_global_tokens_to_decoder
+    )
+    if mask is None:
+        first = torch.zeros(1, 1, dtype=torch.long, device=device)
+    else:
+        first = mask.int().argmax(dim=1, keepdim=True)
+    slots = torch.arange(geometry.padded(length) - stood_in, device=device)
+    return Placement(first, (slots + first + stood_in) % length, stood_in)
+
+
+def lay_out(
+    mask: Tensor | None, length: int, config: LSGConfig, device: torch.device, pool: bool = True
+) -> Layout:
+    """The layout of inputs of ``length`` tokens with the padding mask (B, length), True for tokens.
+
+    ``pool=False``: each token is given back from its own row, whatever ``config`` says.
+    """
+    return _layout(mask, length, config, place(mask, length, config, device), pool)
+
+
+def _layout(
+    mask: Tensor | None, length: int, config: LSGConfig, placement: Placement, pool: bool = True
+) -> Layout:
+    first, tokens, stood_in = placement
+    slots = torch.arange(tokens.shape[1], device=tokens.device)
+    hides_first = config.mask_first_token and not stood_in
+    key_mask = None
+    if mask is not None or hides_first or tokens.shape[1] > length:
+        key_mask = (slots < length - stood_in)[None]
+        if mask is not None:
+            key_mask = key_mask & mask.gather(1, tokens)
+        if hides_first:
+            key_mask = key_mask & (slots > 0)
+    position = torch.arange(length, device=tokens.device)[None]
+    rows = config.num_global_tokens - stood_in + (position - first) % length
+    if pool and config.pool_with_global and config.num_global_tokens:
+        # the first global token stands in for the first real one, and for padding before it
+        rows = rows.masked_fill(position <= first, 0)
+    return Layout(key_mask, rows)
+
+
+class Packing(NamedTuple):
+    """A batch of which the real tokens alone are in the stack.
+
+    Attributes:
+        taken: (N,), the row of the input (B * (g + T0)) in each place of the stack; what stands in a
+            place of padding means nothing.
+        layout: of the stack.
+    """
+
+    taken: Tensor
+    layout: Layout
+
+
+def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
+    """Each row of the padding mask (B, T0) by itself, from its first real token to its last.
+
+    Rows of as many blocks lie as a batch of their own would, padded to the longest of them. None
+    where that is no less than the whole. A row of padding alone counts as one token, which is masked.
+    """
+    rows, length = mask.shape
+    if not mask.numel():
+        return None
+    first, real = mask.int().argmax(1), mask.sum(1)
+    end = torch.where(real > 0, length - mask.int().flip(1).argmax(1), first + 1)
+    lengths, counts = torch.stack([end - first, real]).tolist()
+    geometry, num_global = config.geometry(), config.num_global_tokens
+    alike: dict[int, list[int]] = {}
+    for row, own in enumerate(lengths):
+        alike.setdefault(geometry.num_blocks(own), []).append(row)
+    longest = {blocks: max(lengths[row] for row in of) for blocks, of in alike.items()}
+    needed = sum(
+        len(of) * (num_global + geometry.padded(longest[blocks])) for blocks, of in alike.items()
+    )
+    if needed >= rows * (num_global + geometry.padded(length)):
+        return None
+    taken, given_back, batches, start = [], [], [], 0
+    position = torch.arange(length, device=mask.device)
+    globals_ = torch.arange(num_global, device=mask.device)
+    for blocks, of in alike.items():
+        which = torch.tensor(of, device=mask.device)[:, None]
+        begins, ends = first[which], end[which]
+        # the batch that these rows would be by themselves, without what stands before and after
+        turned = (begins + position[: longest[blocks]]).clamp(max=length - 1)
+        own_mask = None
+        if any(counts[row] != longest[blocks] for row in of):
+            own_mask = mask[which, turned] & (begins + position[: longest[blocks]] < ends)
+        placement = place(own_mask, longest[blocks], config, mask.device)
+        own = _layout(own_mask, longest[blocks], config, placement)
+        tokens = (begins + placement.tokens).clamp(max=length - 1)
+        places = torch.cat([globals_.expand(len(of), -1), num_global + tokens], dim=1)
+        taken.append((which * (num_global + length) + places).flatten())
+        nearest = torch.minimum(torch.maximum(position, begins), ends - 1) - begins
+        starts = start + places.shape[1] * torch.arange(len(of), device=mask.device)[:, None]
+        given_back.append(starts + own.rows.expand(len(of), -1).gather(1, nearest))
+        batches.append(Batch(len(of), places.shape[1], own.key_mask))
+        start += places.numel()
+    in_order = torch.tensor(
+        [row for of in alike.values() for row in of], device=mask.device
+    ).argsort()
+    layout = Layout(None, torch.cat(given_back)[in_order], batches=tuple(batches))
+    return Packing(torch.cat(taken), layout)
+
+
+def enter(
+    hidden: Tensor,
+    mask: Tensor | None,
+    config: LSGConfig,
+    rotation: tuple[Tensor, Tensor] | None = None,
+    bias: RelativeBias | None = None,
+    pool: bool = True,
+) -> tuple[Tensor, Layout]:
+    """``hidden`` (B, g + T0, width), as the embeddings gave it, laid out for the stack.
+
+    So are the ``rotation`` of its rows, (1 or B, g + T0, head size / 2) each, and the positions of
+    the ``bias``, (1 or B, g + T0).
+    """
+    packing = packing_of(mask, config)
+    if packing is not None:
+        return _enter_packed(hidden, packing, rotation, bias)
+    num_global = config.num_global_tokens
+    length = hidden.shape[1] - num_global
+    placement = place(mask, length, config, hidden.device)
+    layout = _layout(mask, length, config, placement, pool)
+    missing = placement.tokens.shape[1] - length
+    globals_ = torch.arange(num_global, device=hidden.device).expand(len(placement.tokens), -1)
+    rows = torch.cat([globals_, num_global + placement.tokens], dim=1)
+
+    def laid_out(x: Tensor) -> Tensor:
+        if mask is None and missing >= 0:
+            return F.pad(x, (0, 0, 0, missing)) if missing else x
+        return _take_rows(x if len(rows) == 1 else x.expand(len(rows), -1, -1), rows)
+
+    if rotation is not None:
+        layout = layout._replace(rotation=(laid_out(rotation[0]), laid_out(rotation[1])))
+    if bias is not None and bias.positions is not None:
+        positions = laid_out(bias.positions.unsqueeze(-1)).squeeze(-1)
+        layout = layout._replace(bias=bias._replace(positions=positions))
+    return laid_out(hidden), layout
+
+
+def _enter_packed(
+    hidden: Tensor,
+    packing: Packing,
+    rotation: tuple[Tensor, Tensor] | None,
+    bias: RelativeBias | None,
+) -> tuple[Tensor, Layout]:
+    """What ``enter`` gives, packed: ``hidden`` is (1, N, width)."""
+    taken, layout = packing
+
+    def packed(x: Tensor) -> Tensor:
+        """Of (1 or B, g + T0, n): (1, N, n)."""
+        if len(x) == 1:
+            return x.index_select(1, taken % x.shape[1])
+        return x.flatten(0, 1).index_select(0, taken)[None]
+
+    if rotation is not None:
+        layout = layout._replace(rotation=(packed(rotation[0]), packed(rotation[1])))
+    if bias is not None:
+        batches = layout.batches
+        places = [bias.positions] * len(batches)
+        if bias.positions is not None:
+            flat = packed(bias.positions.unsqueeze(-1)).flatten()
+            parts = flat.split([batch.sequences * batch.size for batch in batches])
+            places = [x.view(b.sequences, b.size) for x, b in zip(parts, batches, strict=True)]
+        layout = layout._replace(
+            batches=tuple(
+                batch._replace(bias=bias._replace(positions=x))
+                for batch, x in zip(batches, places, strict=True)
+            )
+        )
+    return packed(hidden), layout
+
+
+def packing_of(mask: Tensor | None, config: LSGConfig) -> Packing | None:
+    """How the input is packed, if it is to be."""
+    if not config.unpad or mask is None:
+        return None
+    # in a graph the lengths of this batch would stand for those of every other one
+    if is_compiling():
+        return None
+    return pack(mask, config)
+
+
+def with_globals_in_front(
+    tokens: Tensor, mask: Tensor | None, of_globals: tuple[int, ...]
+) -> Tensor:
+    """Positions (1 or B, g + T0) of all rows, of those of the tokens (1 or B, T0).
+
+    A global token's counts from the first real token of the row: see ``global_positions``.
+    """
+    first = tokens[:, :1]
+    if mask is not None:
+        first = tokens.expand(len(mask), -1).gather(1, mask.int().argmax(dim=1, keepdim=True))
+    globals_ = first + torch.tensor(of_globals, dtype=tokens.dtype, device=tokens.device)
+    return torch.cat([globals_, tokens.expand(len(first), -1)], dim=1)
+
+
+def leave(hidden: Tensor, layout: Layout) -> Tensor:
+    """``hidden`` (B or 1, N, width) of the stack as (B, T0, width), in the input's order."""
+    return _take_rows(hidden, layout.rows)
+
+
+def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows (1 or B, n) of ``x`` (B, m, width), as (B, n, width)."""
+    if len(rows) == 1:
+        return x.index_select(1, rows[0])
+    batch, length, width = x.shape
+    flat = rows + length * torch.arange(batch, device=x.device)[:, None]
+    return x.reshape(batch * length, width).index_select(0, flat.flatten()).view(*rows.shape, width)

@@ -1,0 +1,147 @@
+"""Training on a CPU: gradients of what is computed again, dropout that repeats, nothing kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lsg_patch.attention import lsg_attention
+from lsg_patch.attention.backends import recomputed
+
+SETTINGS: dict[str, Any] = {
+    "block_size": 4,
+    "sparse_block_size": 4,
+    "num_global_tokens": 1,
+    "backend": "sdpa",
+}
+
+
+def inputs(rows: int, *, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(2, rows, 2, 4, dtype=dtype, generator=generator)
+        .transpose(1, 2)
+        .requires_grad_()
+        for _ in range(3)
+    ]
+
+
+def padding(length: int) -> Tensor:
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, length // 2 :] = mask[1, 3:5] = False
+    return mask
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of two blocks, so that there are several in a sequence this short."""
+    monkeypatch.setattr(recomputed, "CACHE_BYTES", 2 * 4 * 17 * 8)
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_the_values(is_causal: bool, dropout_p: float, masked: bool) -> None:
+    """With dropout as well: by one seed it is one function."""
+    mask = padding(30) if masked else None
+
+    def attend(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return lsg_attention(
+            *tensors,
+            mask,
+            sparsity_type="stride",
+            is_causal=is_causal,
+            dropout_p=dropout_p,
+            **SETTINGS,
+        )
+
+    assert torch.autograd.gradcheck(attend, inputs(1 + 30), fast_mode=True)
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("sizes", [(4, 4, 2), (6, 3, 3), (4, 10, 2), (8, 2, 1), (4, 0, 1)], ids=str)
+@pytest.mark.parametrize("length", [27, 40])
+def test_gradients_equal_those_of_the_dense_backend(
+    sizes: tuple[int, int, int], length: int
+) -> None:
+    """Windows that overlap, that leave gaps, and that the end of the sequence cuts off."""
+    block, sparse, factor = sizes
+    gradients = []
+    for backend in ("dense", "sdpa"):
+        tensors = inputs(3 + length)
+        out = lsg_attention(
+            *tensors,
+            padding(length),
+            block_size=block,
+            sparse_block_size=sparse,
+            sparsity_factor=factor,
+            sparsity_type="pooling",
+            num_global_tokens=3,
+            backend=backend,
+        )
+        gradients.append(torch.autograd.grad(out.square().sum(), tensors))
+    for mine, dense in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, dense, rtol=0, atol=1e-10)
+
+
+def dropped(rate: float, seed: int, length: int = 512) -> Tensor:
+    """What becomes of values of 1 when all keys are alike: the share that is kept, rescaled."""
+    torch.manual_seed(seed)
+    query, _, _ = inputs(1 + length, dtype=torch.float32)
+    ones = torch.ones_like(query)
+    settings = {**SETTINGS, "block_size": 64, "sparse_block_size": 64}
+    return lsg_attention(query, 0 * ones, ones, dropout_p=rate, sparsity_type="stride", **settings)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_the_rate_of_dropout_is_the_one_asked_for(rate: float) -> None:
+    out = dropped(rate, 0)[:, :, 1:, 0].double()
+    # 513 * 4 queries of about 300 keys each
+    assert out.mean().item() == pytest.approx(1.0, abs=5 * (rate / (1 - rate) / 600_000) ** 0.5)
+    assert out.std().item() == pytest.approx((rate / (1 - rate) / 300) ** 0.5, rel=0.15)
+
+
+def test_all_may_be_dropped() -> None:
+    assert not dropped(1.0, 0)[:, :, 1:].any()
+
+
+def test_dropout_follows_the_seed_of_the_user() -> None:
+    assert torch.equal(dropped(0.2, 1), dropped(0.2, 1))
+    assert not torch.equal(dropped(0.2, 1), dropped(0.2, 2))
+
+
+def test_dropout_differs_between_calls_heads_and_blocks() -> None:
+    out = dropped(0.5, 3)[:, :, 1:, 0].unflatten(2, (8, 64))
+    rows = out.flatten(0, 2)
+    assert len(rows.unique(dim=0)) == len(rows)
+
+
+def test_no_score_is_kept_for_the_backward() -> None:
+    kept: set[tuple[int, int]] = set()
+
+    def pack(x: Tensor) -> Tensor:
+        kept.add((x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()))
+        return x
+
+    tensors = inputs(1 + 4096, dtype=torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = lsg_attention(*tensors, dropout_p=0.1, sparsity_type="stride", **SETTINGS)
+    assert out.requires_grad
+    of_input = sum(x.nbytes for x in tensors)
+    # sparse keys and values, the output, two numbers a query, and the one row of the global token
+    assert sum(size for _, size in kept) < 3.5 * of_input
+
+
+def test_a_second_derivative_is_refused() -> None:
+    tensors = inputs(40)
+    # without a global token: its one row goes by PyTorch's attention, which refuses as well
+    settings = {**SETTINGS, "num_global_tokens": 0}
+    out = lsg_attention(*tensors, sparsity_type="stride", **settings)
+    (gradient, *_) = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
