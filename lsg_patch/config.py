@@ -42,7 +42,8 @@ class LSGConfig:
             batch are cut to what stands between their first and last real token, each padded to
             its own blocks, and packed. Outputs of real tokens are the same; a token of padding
             outside of these has the output of the nearest real one. Reads the lengths from the
-            device; while a model is compiled or traced, it runs padded.
+            device; while a model is compiled or traced, it runs padded. None: in a model that can,
+            for inputs of more than two blocks of which this leaves out a tenth or more.
         lsh_num_pre_rounds: rounds of hashing before the last one (lsh only).
         pass_global_tokens_to_decoder: encoder-decoders: let the decoder see the global tokens.
         attention_probs_dropout_prob: None: the model's own.
@@ -65,7 +66,7 @@ class LSGConfig:
     mask_first_token: bool | None = None
     pool_with_global: bool = True
     adaptive: bool = True
-    unpad: bool = False
+    unpad: bool | None = None
     lsh_num_pre_rounds: int = 1
     pass_global_tokens_to_decoder: bool = False
     attention_probs_dropout_prob: float | None = None
@@ -88,13 +89,13 @@ class LSGConfig:
         for name in (
             "pool_with_global",
             "adaptive",
-            "unpad",
             "pass_global_tokens_to_decoder",
             "random_global_init",
         ):
             _check_bool(name, getattr(self, name))
-        if self.mask_first_token is not None:
-            _check_bool("mask_first_token", self.mask_first_token)
+        for name in ("mask_first_token", "unpad"):
+            if getattr(self, name) is not None:
+                _check_bool(name, getattr(self, name))
         if self.seed is not None:
             _check_int("seed", self.seed, 0, None)
         rate = self.attention_probs_dropout_prob
@@ -109,6 +110,8 @@ class LSGConfig:
         check_backend(self.backend)
         if self.mask_first_token:
             self._check_first_token()
+        if self.unpad is None and not self.adaptive:
+            object.__setattr__(self, "unpad", False)
         if self.unpad and not self.adaptive:
             raise ValueError(
                 "unpad=True with adaptive=False: rows of any length are padded to whole blocks inside "

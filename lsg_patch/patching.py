@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -78,7 +78,7 @@ def patch_model(
     mask_first_token: bool | None = None,
     pool_with_global: bool = True,
     adaptive: bool = True,
-    unpad: bool = False,
+    unpad: bool | None = None,
     lsh_num_pre_rounds: int = 1,
     pass_global_tokens_to_decoder: bool = False,
     attention_probs_dropout_prob: float | None = None,
@@ -99,8 +99,8 @@ def patch_model(
     Cross attention stays as it is.
     ``position_ids`` that are given are taken as they are: an input that has them may be longer than
     ``max_position_embeddings``. Hooks of yours on modules inside the layer stack see its rows,
-    [global tokens | tokens | padding to whole blocks], not those of the input; with ``unpad`` those of
-    all sequences one after the other, as a batch of one.
+    [global tokens | tokens | padding to whole blocks], not those of the input; of a batch that is run
+    unpadded (``unpad``) those of all sequences one after the other, as a batch of one.
 
     Args:
         model: a model of a supported family, with or without a head, or a module that holds one.
@@ -137,6 +137,8 @@ def patch_model(
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
         plan = make_plan(model, base, family, config, tokenizer)
+        if not plan.can_unpad:
+            config = replace(config, unpad=False)
         patch = Patch(
             config,
             family.name,

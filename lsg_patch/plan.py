@@ -30,7 +30,7 @@ class Plan:
     table), of which ``max_position_embeddings`` of the model's ``configs`` counts ``config_offset``;
     ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
     the global tokens; ``global_rows`` (num_global_tokens, width), or None for none; ``is_causal``
-    that the model is a decoder.
+    that the model is a decoder; ``can_unpad`` that its layers can run on packed rows.
     """
 
     attentions: list[nn.Module]
@@ -49,6 +49,7 @@ class Plan:
     decoder_positions: nn.Embedding | None = None
     global_rows: Tensor | None = None
     is_causal: bool = False
+    can_unpad: bool = True
 
 
 def make_plan(
@@ -72,8 +73,10 @@ def make_plan(
     if getattr(base.config, "is_decoder", False):
         _check_decoder(base, family, plan)
         plan.is_causal = True
-    if config.unpad:
-        _check_unpad(base, family, plan)
+    hindrance = _unpad_hindrance(base, family, plan)
+    plan.can_unpad = hindrance is None
+    if config.unpad and hindrance:
+        raise ValueError(f"unpad=True: {type(base).__name__} {hindrance}; pass unpad=False")
     _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
     _check_positions(plan, config)
     _warn_of_unseen_tokens(plan, family, config)
@@ -104,17 +107,16 @@ def _check_decoder(base: nn.Module, family: Family, plan: Plan) -> None:
         )
 
 
-def _check_unpad(base: nn.Module, family: Family, plan: Plan) -> None:
-    by_row = compat.arguments_by_row(plan.stack)
-    reason = ""
+def _unpad_hindrance(base: nn.Module, family: Family, plan: Plan) -> str | None:
+    """What keeps a model's layers from running on packed rows, in words."""
     if plan.is_causal:
-        reason = "is a decoder, whose cache holds the rows of a batch side by side"
-    elif family.embeds_in_stack:
-        reason = "has no place between its embeddings and its layers to pack them at"
-    elif by_row:
-        reason = f"hands {', '.join(by_row)} to its layers, of which each row has its own"
-    if reason:
-        raise ValueError(f"unpad=True: {type(base).__name__} {reason}; pass unpad=False")
+        return "is a decoder, whose cache holds the rows of a batch side by side"
+    if family.embeds_in_stack:
+        return "has no place between its embeddings and its layers to pack them at"
+    by_row = compat.arguments_by_row(plan.stack)
+    if by_row:
+        return f"hands {', '.join(by_row)} to its layers, of which each row has its own"
+    return None
 
 
 def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig) -> Plan:

@@ -188,7 +188,7 @@ def test_context_reverts_on_leaving_also_by_an_exception() -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["resize_buffers", "swap_attention", "_hook_edges", "set_max_length"]
+    "step", ["resize_buffers", "swap_attention", "hook_edges", "set_max_length"]
 )
 def test_a_patch_that_fails_half_way_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, step: str

@@ -1,4 +1,4 @@
-"""Ragged batches: with `unpad` the layers run on real tokens alone, and give what they give padded."""
+"""Ragged batches: the layers run on real tokens alone, and give what they give padded."""
 
 from __future__ import annotations
 
@@ -131,6 +131,31 @@ def test_what_saves_nothing_is_not_packed() -> None:
     padded, packed = pair("bert")
     for mask in (right_padded(40, 40), right_padded(40, 35)):
         assert rows_in_stack(packed, "bert", mask) == rows_in_stack(padded, "bert", mask) == (2, 41)
+
+
+@families
+def test_by_default_what_pays_is_packed(family: str) -> None:
+    padded, packed = pair(family)
+    model = lsg_patch.patch_model(tiny_model(family), **SETTINGS)
+    assert lsg_patch.get_config(model).unpad is None
+    for mask in (RIGHT, ONE):
+        rows = rows_in_stack(model, family, mask)
+        assert rows == rows_in_stack(packed, family, mask) != rows_in_stack(padded, family, mask)
+
+
+def test_by_default_what_hardly_pays_or_is_short_is_not_packed() -> None:
+    padded, packed = pair("bert")
+    model = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS)
+    hardly = right_padded(96, 96, 88)  # 1 block of 36
+    for mask in (hardly, SHORT):
+        rows = rows_in_stack(model, "bert", mask)
+        assert rows == rows_in_stack(padded, "bert", mask) != rows_in_stack(packed, "bert", mask)
+
+
+def test_by_default_what_cannot_be_unpadded_is_padded() -> None:
+    for model in (tiny_model("xmod"), tiny_model("bert", is_decoder=True)):
+        assert lsg_patch.get_config(lsg_patch.patch_model(model, **SETTINGS)).unpad is False
+    assert lsg_patch.LSGConfig(adaptive=False).unpad is False
 
 
 def test_padding_has_the_output_of_the_nearest_real_token() -> None:

@@ -6,7 +6,9 @@ import torch
 
 
 def is_compiling() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace is following this call."""
+    """Whether torch.compile, torch.export, torch.jit.trace or a CUDA graph is following this call."""
     compiler = getattr(torch.compiler, "is_compiling", None)  # torch 2.3 and later
     compiling = compiler() if compiler else torch._dynamo.is_compiling()
-    return bool(compiling or torch._C._get_tracing_state())
+    if compiling or torch._C._get_tracing_state():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -16,6 +16,9 @@ from lsg_patch.attention import RelativeBias
 from lsg_patch.attention.compiling import is_compiling
 from lsg_patch.config import LSGConfig
 
+# by default: the share of a padded batch up to which its real rows are worth taking out
+WORTH_PACKING = 0.9
+
 
 class Batch(NamedTuple):
     """Sequences of a packed stack that are attended to together: as many rows each.
@@ -139,7 +142,8 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
     """Each row of the padding mask (B, T0) by itself, from its first real token to its last.
 
     Rows of as many blocks lie as a batch of their own would, padded to the longest of them. None
-    where that is no less than the whole. A row of padding alone counts as one token, which is masked.
+    where that is not less than the whole, or by default not much less. A row of padding alone counts
+    as one token, which is masked.
     """
     rows, length = mask.shape
     if not mask.numel():
@@ -155,7 +159,8 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
     needed = sum(
         len(of) * (num_global + geometry.padded(longest[blocks])) for blocks, of in alike.items()
     )
-    if needed >= rows * (num_global + geometry.padded(length)):
+    whole = rows * (num_global + geometry.padded(length))
+    if needed >= (whole if config.unpad else WORTH_PACKING * whole):
         return None
     taken, given_back, batches, start = [], [], [], 0
     position = torch.arange(length, device=mask.device)
@@ -257,7 +262,10 @@ def _enter_packed(
 
 def packing_of(mask: Tensor | None, config: LSGConfig) -> Packing | None:
     """How the input is packed, if it is to be."""
-    if not config.unpad or mask is None:
+    if config.unpad is False or mask is None:
+        return None
+    # up to two blocks padding, too, has the output that it has unpatched
+    if config.unpad is None and mask.shape[1] <= config.geometry().full_length:
         return None
     # in a graph the lengths of this batch would stand for those of every other one
     if is_compiling():

@@ -73,6 +73,7 @@ def test_a_layer_of_a_long_input_is_the_oracles(sparsity_type: str, g: int, back
         max_position_embeddings=length,
         backend=backend,
         mask_first_token=False,
+        unpad=False,
     ):
         run(model, ids, mask)
         projections = [getattr(attention, f"lsh_projection_{i}", None) for i in range(2)]
