@@ -95,19 +95,20 @@ def dropped(rate: float, seed: int, length: int = 512) -> Tensor:
     query, _, _ = inputs(1 + length, dtype=torch.float32)
     ones = torch.ones_like(query)
     settings = {**SETTINGS, "block_size": 64, "sparse_block_size": 64}
-    return lsg_attention(query, 0 * ones, ones, dropout_p=rate, sparsity_type="stride", **settings)
+    out = lsg_attention(query, 0 * ones, ones, dropout_p=rate, sparsity_type="stride", **settings)
+    return out[:, :, 1:]  # the global token's row is not computed block by block
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_the_rate_of_dropout_is_the_one_asked_for(rate: float) -> None:
-    out = dropped(rate, 0)[:, :, 1:, 0].double()
+    out = dropped(rate, 0)[..., 0].double()
     # 513 * 4 queries of about 300 keys each
     assert out.mean().item() == pytest.approx(1.0, abs=5 * (rate / (1 - rate) / 600_000) ** 0.5)
     assert out.std().item() == pytest.approx((rate / (1 - rate) / 300) ** 0.5, rel=0.15)
 
 
 def test_all_may_be_dropped() -> None:
-    assert not dropped(1.0, 0)[:, :, 1:].any()
+    assert not dropped(1.0, 0).any()
 
 
 def test_dropout_follows_the_seed_of_the_user() -> None:
@@ -116,7 +117,7 @@ def test_dropout_follows_the_seed_of_the_user() -> None:
 
 
 def test_dropout_differs_between_calls_heads_and_blocks() -> None:
-    out = dropped(0.5, 3)[:, :, 1:, 0].unflatten(2, (8, 64))
+    out = dropped(0.5, 3)[..., 0].unflatten(2, (8, 64))
     rows = out.flatten(0, 2)
     assert len(rows.unique(dim=0)) == len(rows)
 
