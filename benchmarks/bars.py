@@ -14,7 +14,7 @@ BARS: dict[tuple[str, str, str], float] = {
     ("growth", "8192 to 65536 tokens, norm, time", "1 of 65536"): 1.15,
     ("growth", "8192 to 65536 tokens, norm, memory", "1 of 65536"): 1.15,
     # Time of a batch with padding, to that of its texts, each alone and without padding.
-    ("ragged", "8 of 200 to 4096 tokens, norm", "unpad=True"): 1.15,
+    ("ragged", "8 of 200 to 4096 tokens, norm", "by default"): 1.15,
     # Time of the attention product alone, to that of full fused attention.
     ("attention", "4096 tokens", "*"): 0.24,
     ("attention", "4096 tokens", "lsh"): 0.35,

@@ -97,7 +97,7 @@ def growth(options: Options) -> Iterator[list[Record]]:
 
 
 def ragged(options: Options) -> Iterator[list[Record]]:
-    """Time of a padded batch of 8 unequal texts, with and without `unpad`, against each text alone."""
+    """Time of a padded batch of 8 unequal texts, by default and padded, against each text alone."""
     short, long = min(options.lengths), max(options.lengths)
     texts = [inputs(short + (long - short) * i // 7) for i in range(8)]
     base = bert(options.layers, long)
@@ -106,8 +106,8 @@ def ragged(options: Options) -> Iterator[list[Record]]:
         batch = padded(texts)
         sides = [
             Side("one by one", partial(_run, model, *texts)),
-            Side("unpad=True", partial(_run, patched_copy(base, selection, unpad=True), batch)),
-            Side("unpad=False", partial(_run, model, batch)),
+            Side("by default", partial(_run, model, batch)),
+            Side("unpad=False", partial(_run, patched_copy(base, selection, unpad=False), batch)),
         ]
         seconds = time_sides(sides, options.rounds, options.clock)
         case = f"8 of {short} to {long} tokens, {selection}"
@@ -179,7 +179,7 @@ def peers(options: Options) -> Iterator[list[Record]]:
 
 IMPORT = """
 import time
-import torch, transformers
+import transformers
 start = time.perf_counter()
 import lsg_patch
 print(time.perf_counter() - start)

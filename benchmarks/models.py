@@ -32,7 +32,7 @@ def bert(layers: int, positions: int, attention: str = "sdpa") -> BertModel:
     return BertModel(config).eval()
 
 
-def patched_copy(model: BertModel, sparsity_type: str, unpad: bool = False) -> BertModel:
+def patched_copy(model: BertModel, sparsity_type: str, unpad: bool | None = None) -> BertModel:
     """A patched deep copy, so that no patching happens where time is taken."""
     return patch_model(
         copy.deepcopy(model),

@@ -191,7 +191,7 @@ def test_ragged_batches_hold_the_tokens_of_their_texts(
 
     monkeypatch.setattr(comparisons, "_run", counting)
     (records,) = measured(tmp_path, "ragged", "--lengths", "20", "300").values()
-    assert [r["side"] for r in records] == ["one by one", "unpad=True", "unpad=False"]
+    assert [r["side"] for r in records] == ["one by one", "by default", "unpad=False"]
     assert all(lengths == [20, 60, 100, 140, 180, 220, 260, 300] for lengths in tokens)
 
 
@@ -272,7 +272,7 @@ def test_every_bar_is_of_a_comparison_at_its_own_lengths() -> None:
         named = {int(number) for number in re.findall(r"\d{3,}", case)}
         assert named <= set(of.lengths), case
         longest = max(of.lengths, default=0)
-        assert side in {"*", "unpad=True", f"1 of {longest}", *of.selections}
+        assert side in {"*", "by default", f"1 of {longest}", *of.selections}
 
 
 def test_help_says_what_each_comparison_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,11 @@ class Geometry:
         """
         return math.gcd(self.block_size, min(self.block_size, self.sparse_block_size))
 
+    @property
+    def cuts_chunks(self) -> bool:
+        """Whether windows end inside of chunks, so that the order of what is chosen there counts."""
+        return self.sparse_block_size % self.chunk > 0
+
     def num_blocks(self, length: int) -> int:
         """Blocks that hold ``length`` tokens, the last one filled up with padding."""
         return -(-length // self.block_size)

@@ -59,9 +59,19 @@ def _norm(inputs: SelectionInputs) -> Keys:
         key.transpose(1, 2), dim=-1, dtype=torch.float32 if half else None
     ).transpose(1, 2)
     norm = norm.masked_fill(~tokens.mask, -1.0).unflatten(2, (-1, geometry.chunk))
-    order = torch.sort(norm, dim=-1, descending=True, stable=True).indices[..., :kept].flip(-1)
+    order = torch.topk(_ranks(norm), kept, dim=-1, sorted=geometry.cuts_chunks).indices.flip(-1)
     index = order + geometry.chunk * torch.arange(order.shape[2], device=key.device)[:, None]
     return _take(inputs, index.flatten(2))
+
+
+def _ranks(norm: Tensor) -> Tensor:
+    """Integers in the order of ``norm`` (..., n), among equals the earlier one first: none are equal."""
+    length = norm.shape[-1]
+    if norm.dtype == torch.float32:
+        # the bits of a float that is not negative, read as an integer, are in its order
+        earlier = torch.arange(length - 1, -1, -1, device=norm.device)
+        return (norm.view(torch.int32).long() << 32) + earlier
+    return norm.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).neg()
 
 
 def _stride(inputs: SelectionInputs) -> Keys:
@@ -118,29 +128,32 @@ def _lsh(inputs: SelectionInputs) -> Keys:
     # half precision is too coarse to tell buckets apart
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     chunked = (-1, geometry.chunk)
-    seen = tokens.mask.unflatten(2, chunked).unsqueeze(-2)
+    seen = tokens.mask.unflatten(2, chunked)
     with torch.autocast(tokens.key.device.type, enabled=False):
         key = tokens.key.detach().to(wide)
         members = bucket = None
         sizes = _round_sizes(geometry, len(inputs.projections))
         for size, projection in zip(sizes, inputs.projections, strict=True):
             hashed = (key @ projection.to(key)).unflatten(2, chunked)
-            chosen = _bucket(hashed if members is None else members.to(wide) @ hashed)
+            chosen = _bucket(hashed if members is None else members @ hashed)
             bucket = chosen if bucket is None else chosen.gather(-1, bucket)
-            buckets = torch.arange(size, device=key.device)[:, None]
-            members = (bucket.unsqueeze(-2) == buckets) & seen
-        assert members is not None
+            of_bucket = seen.to(wide).expand(bucket.shape)
+            # written where the ones stand: made of booleans it would take longer than all the rest
+            members = of_bucket.new_zeros(*bucket.shape[:-1], size, geometry.chunk)
+            members.scatter_(-2, bucket.unsqueeze(-2), of_bucket.unsqueeze(-2))
+        assert members is not None and bucket is not None
         count = members.sum(-1, keepdim=True)
-        share = members.to(dtype) / count.clamp(min=1)
+        share = members.to(dtype)
         key, value = (
-            (share @ x.unflatten(2, chunked)).flatten(2, 3) for x in (tokens.key, tokens.value)
+            (share @ x.unflatten(2, chunked) / count.clamp(min=1).to(dtype)).flatten(2, 3)
+            for x in (tokens.key, tokens.value)
         )
         positions = None
         if inputs.with_positions:
             place = torch.arange(geometry.chunk, device=key.device)
             start = geometry.chunk * torch.arange(count.shape[2], device=key.device)[:, None]
-            mean = (members * place).sum(-1) // count.squeeze(-1).clamp(min=1)
-            positions = (mean + start).flatten(2)
+            mean = (members @ place.to(wide)) // count.squeeze(-1).clamp(min=1)
+            positions = (mean.long() + start).flatten(2)
     return Keys(key, value, (count > 0).flatten(2), positions)
 
 
