@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsg_patch.attention.compiling import is_compiling
 from lsg_patch.attention.geometry import Geometry
 from lsg_patch.attention.keys import Keys, additive, take_rows
 
@@ -66,10 +67,10 @@ def _norm(inputs: SelectionInputs) -> Keys:
 
 def _ranks(norm: Tensor) -> Tensor:
     """Integers in the order of ``norm`` (..., n), among equals the earlier one first: none are equal."""
-    length = norm.shape[-1]
-    if norm.dtype == torch.float32:
+    # a traced graph has no word for it, other devices may not rank such integers
+    if norm.dtype == torch.float32 and norm.device.type in ("cpu", "cuda") and not is_compiling():
         # the bits of a float that is not negative, read as an integer, are in its order
-        earlier = torch.arange(length - 1, -1, -1, device=norm.device)
+        earlier = torch.arange(norm.shape[-1] - 1, -1, -1, device=norm.device)
         return (norm.view(torch.int32).long() << 32) + earlier
     return norm.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).neg()
 

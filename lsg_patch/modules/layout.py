@@ -70,11 +70,13 @@ class Placement(NamedTuple):
         tokens: (1 or B, T), the input's token in each place of the stack; what stands in a place of
             padding means nothing.
         stood_in: 1 where the first token gets no place, because a global token stands in for it.
+        turned: whether tokens may lie in another order than in the input.
     """
 
     first: Tensor
     tokens: Tensor
     stood_in: int
+    turned: bool
 
 
 def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.device) -> Placement:
@@ -86,12 +88,20 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
     stood_in = int(
         bool(config.mask_first_token) and is_short and not config.pass_global_tokens_to_decoder
     )
-    if mask is None:
-        first = torch.zeros(1, 1, dtype=torch.long, device=device)
-    else:
+    turned = mask is not None and not _begins_with_tokens(mask)
+    if mask is not None and turned:
         first = mask.int().argmax(dim=1, keepdim=True)
+    else:
+        first = torch.zeros(1, 1, dtype=torch.long, device=device)
     slots = torch.arange(geometry.padded(length) - stood_in, device=device)
-    return Placement(first, (slots + first + stood_in) % length, stood_in)
+    return Placement(first, (slots + first + stood_in) % length, stood_in, turned)
+
+
+def _begins_with_tokens(mask: Tensor) -> bool:
+    """Whether no row of the padding mask (B, T0) has padding on its left; False where it would take
+    a wait for a device, or a graph of this mask alone, to know.
+    """
+    return mask.device.type == "cpu" and not is_compiling() and bool(mask[:, 0].all())
 
 
 def lay_out(
@@ -107,14 +117,14 @@ def lay_out(
 def _layout(
     mask: Tensor | None, length: int, config: LSGConfig, placement: Placement, pool: bool = True
 ) -> Layout:
-    first, tokens, stood_in = placement
+    first, tokens, stood_in, _ = placement
     slots = torch.arange(tokens.shape[1], device=tokens.device)
     hides_first = config.mask_first_token and not stood_in
     key_mask = None
     if mask is not None or hides_first or tokens.shape[1] > length:
         key_mask = (slots < length - stood_in)[None]
         if mask is not None:
-            key_mask = key_mask & mask.gather(1, tokens)
+            key_mask = key_mask & mask.gather(1, tokens.expand(len(mask), -1))
         if hides_first:
             key_mask = key_mask & (slots > 0)
     position = torch.arange(length, device=tokens.device)[None]
@@ -215,7 +225,7 @@ def enter(
     rows = torch.cat([globals_, num_global + placement.tokens], dim=1)
 
     def laid_out(x: Tensor) -> Tensor:
-        if mask is None and missing >= 0:
+        if not placement.turned and missing >= 0:
             return F.pad(x, (0, 0, 0, missing)) if missing else x
         return _take_rows(x if len(rows) == 1 else x.expand(len(rows), -1, -1), rows)
 

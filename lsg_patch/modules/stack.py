@@ -281,27 +281,30 @@ class LeaveModel:
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         last = output[0]
-        mask = as_padding_mask(self.mask.get(args, kwargs))
-        layout = lay_out(mask, last.shape[1], self.config, last.device)
         values = output if isinstance(output, tuple) else output.values()
-        packing = None
+        layout = packing = None
         if any(_are_hidden_states(value) for value in values):
+            mask = as_padding_mask(self.mask.get(args, kwargs))
+            layout = lay_out(mask, last.shape[1], self.config, last.device)
             packing = packing_of(mask, self.config)
         return self.with_layout(layout, base, args, kwargs, output, packing)
 
     def with_layout(
         self,
-        layout: Layout,
+        layout: Layout | None,
         base: nn.Module,
         args: Args,
         kwargs: Kwargs,
         output: Any,
         packing: Packing | None = None,
     ) -> Any:
-        """``output`` of a model whose input lay in the stack as ``layout`` or ``packing`` says."""
+        """``output`` of a model whose input lay in the stack as ``layout`` or ``packing`` says; None
+        where it has no hidden states.
+        """
         last = output[0]
 
         def given_back(x: Tensor) -> Tensor:
+            assert layout is not None
             # a stack that is compiled by itself is not packed: the states themselves tell
             if packing is not None and x.shape[:2] == (1, len(packing.taken)):
                 return leave(x, packing.layout)
@@ -313,7 +316,8 @@ class LeaveModel:
                 return tuple(x if x is None or x is last else given_back(x) for x in value)
             return value
 
-        output = map_output(output, give_back)
+        if layout is not None:
+            output = map_output(output, give_back)
         if not isinstance(output, tuple) and wants(self.wants_attentions, base, args, kwargs):
             output["attentions"] = (None,) * self.num_layers
         return output
