@@ -65,6 +65,7 @@ def _plot(lines: dict[str, list[tuple[int, float]]], label: str, path: Path, is_
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, points in lines.items():
@@ -82,9 +83,9 @@ def _plot(lines: dict[str, list[tuple[int, float]]], label: str, path: Path, is_
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     if is_log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_minor_formatter("{x:,.0f}")
-        axes.tick_params(axis="y", which="minor", labelsize="x-small")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens")
