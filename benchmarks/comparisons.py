@@ -267,7 +267,8 @@ class Comparison:
 
 FEW = Rounds(least=3)  # of rounds that take long
 COMPARISONS = {
-    "forward": Comparison(forward, 1.5, (128, 1024, 4096), SELECTIONS),
+    "forward": Comparison(forward, 1.8, (128, 512, 1024, 4096), SELECTIONS),
+    "long": Comparison(forward, 7, (8192, 16384), SELECTIONS),
     "attention": Comparison(attention, 0.7, (128, 1024, 4096), SELECTIONS),
     "memory": Comparison(memory, 0.7, (8192, 32768)),
     "ragged": Comparison(ragged, 1.5, (200, 4096), rounds=FEW),
