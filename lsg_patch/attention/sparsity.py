@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsg_patch.attention.compiling import is_compiling
 from lsg_patch.attention.geometry import Geometry
 from lsg_patch.attention.keys import Keys, additive, take_rows
 
@@ -60,19 +59,24 @@ def _norm(inputs: SelectionInputs) -> Keys:
         key.transpose(1, 2), dim=-1, dtype=torch.float32 if half else None
     ).transpose(1, 2)
     norm = norm.masked_fill(~tokens.mask, -1.0).unflatten(2, (-1, geometry.chunk))
-    order = torch.topk(_ranks(norm), kept, dim=-1, sorted=geometry.cuts_chunks).indices.flip(-1)
+    order = _longest(norm, kept, in_order=geometry.cuts_chunks)
     index = order + geometry.chunk * torch.arange(order.shape[2], device=key.device)[:, None]
     return _take(inputs, index.flatten(2))
 
 
-def _ranks(norm: Tensor) -> Tensor:
-    """Integers in the order of ``norm`` (..., n), among equals the earlier one first: none are equal."""
-    # a traced graph has no word for it, other devices may not rank such integers
-    if norm.dtype == torch.float32 and norm.device.type in ("cpu", "cuda") and not is_compiling():
-        # the bits of a float that is not negative, read as an integer, are in its order
-        earlier = torch.arange(norm.shape[-1] - 1, -1, -1, device=norm.device)
-        return (norm.view(torch.int32).long() << 32) + earlier
-    return norm.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).neg()
+def _longest(norm: Tensor, kept: int, in_order: bool) -> Tensor:
+    """Places (..., kept) of the greatest of ``norm`` (..., n), among equals of the earlier ones.
+
+    ``in_order``: the greatest last; else in any order, which takes a fraction of the time.
+    """
+    # a traced graph has no word for the bits, other devices may not rank such integers
+    by_bits = norm.device.type in ("cpu", "cuda") and not torch._C._get_tracing_state()
+    if norm.dtype != torch.float32 or not by_bits:
+        return norm.sort(dim=-1, descending=True, stable=True).indices[..., :kept].flip(-1)
+    # the bits of a float that is not negative, read as an integer, are in its order
+    earlier = torch.arange(norm.shape[-1] - 1, -1, -1, device=norm.device)
+    ranks = (norm.view(torch.int32).long() << 32) + earlier
+    return ranks.topk(kept, dim=-1, sorted=in_order).indices.flip(-1)
 
 
 def _stride(inputs: SelectionInputs) -> Keys:
