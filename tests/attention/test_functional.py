@@ -367,6 +367,29 @@ def test_norm_ties_go_to_the_earlier_token(backend: str) -> None:
     assert _error(actual, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("sizes", [(8, 8, 2), (8, 10, 2)], ids=["whole chunks", "cut chunks"])
+def test_norm_chooses_alike_in_single_and_double_precision(sizes: tuple[int, int, int]) -> None:
+    """Single precision ranks by bits, double by sorting: the same ties, zeros and padding."""
+    inputs = _inputs(2, HEADS, TOKENS + 2, HEAD_DIM)
+    # small whole numbers: norms are often equal to the last bit, in either precision
+    inputs = inputs._replace(key=inputs.key.round())
+    inputs.key[:, :, 2 + 24 : 2 + 30] = 0
+    mask = torch.ones(2, TOKENS, dtype=torch.bool)
+    mask[0, 37:] = mask[1, 11:15] = False
+    block, sparse, factor = sizes
+    arguments: dict[str, Any] = {
+        "padding_mask": mask,
+        "block_size": block,
+        "sparse_block_size": sparse,
+        "sparsity_factor": factor,
+        "sparsity_type": "norm",
+        "num_global_tokens": 2,
+    }
+    double = lsg_attention(*inputs, **arguments)
+    single = lsg_attention(*(x.float() for x in inputs), **arguments)
+    torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_norm_prefers_a_visible_zero_key_to_padding(backend: str) -> None:
     """A visible key of norm 0 ranks above masked ones, which score 0 as well."""
