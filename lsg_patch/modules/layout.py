@@ -88,7 +88,7 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
     stood_in = int(
         bool(config.mask_first_token) and is_short and not config.pass_global_tokens_to_decoder
     )
-    turned = mask is not None and not _begins_with_tokens(mask)
+    turned = mask is not None and not _known_to_be_true(mask[:, 0])
     if mask is not None and turned:
         first = mask.int().argmax(dim=1, keepdim=True)
     else:
@@ -97,11 +97,11 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
     return Placement(first, (slots + first + stood_in) % length, stood_in, turned)
 
 
-def _begins_with_tokens(mask: Tensor) -> bool:
-    """Whether no row of the padding mask (B, T0) has padding on its left; False where it would take
-    a wait for a device, or a graph of this mask alone, to know.
+def _known_to_be_true(mask: Tensor) -> bool:
+    """Whether all of a mask is True; False where it would take a wait for a device, or a graph of
+    this mask alone, to know.
     """
-    return mask.device.type == "cpu" and not is_compiling() and bool(mask[:, 0].all())
+    return mask.device.type == "cpu" and not is_compiling() and bool(mask.all())
 
 
 def lay_out(
@@ -127,6 +127,8 @@ def _layout(
             key_mask = key_mask & mask.gather(1, tokens.expand(len(mask), -1))
         if hides_first:
             key_mask = key_mask & (slots > 0)
+        if _known_to_be_true(key_mask):
+            key_mask = None  # attention without a mask is faster
     position = torch.arange(length, device=tokens.device)[None]
     rows = config.num_global_tokens - stood_in + (position - first) % length
     if pool and config.pool_with_global and config.num_global_tokens:
