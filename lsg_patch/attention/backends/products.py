@@ -1,8 +1,7 @@
-"""Training on a CPU: no score is kept for the backward, each block is computed again there.
+"""Whole matrix products, a cache-sized piece at a time: the scores of a piece are all that there is.
 
-What is kept is the input, the output, and of each query the greatest score and the sum that its
-softmax divides by. Source: Dao et al., "FlashAttention" (arXiv 2205.14135), section 3.1 and
-appendix B.2, with the windows of LSG in place of all keys.
+No score is kept for a backward, each piece is computed again there. Source: Dao et al.,
+"FlashAttention" (arXiv 2205.14135), appendix B.2, with the windows of LSG in place of all keys.
 """
 
 from __future__ import annotations
@@ -14,22 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsg_patch.attention.backends.windows import (
-    Buffer,
-    Piece,
-    Windows,
-    causal,
-    pieces,
-    windows,
-)
+from lsg_patch.attention.backends.pieces import Piece, Workspace, pieces, workspace
+from lsg_patch.attention.backends.windows import Windows, causal, runs
 from lsg_patch.attention.blocks import Blocks, memory_like
 from lsg_patch.attention.geometry import Geometry, Run, Window, unfold_windows
-from lsg_patch.attention.keys import Keys, additive
+from lsg_patch.attention.keys import Keys
 
 # half precision would lose what the sums are made of
 DTYPES = (torch.float32, torch.float64)
-# bytes of the scores of a piece: they, what they are made of and what becomes of them stay in cache
-CACHE_BYTES = 3 << 20
 
 
 def can_run(blocks: Blocks) -> bool:
@@ -42,6 +33,8 @@ def block_attention(blocks: Blocks) -> Tensor:
     if blocks.dropout_p:
         # by the global random state, so that checkpointing and a seed of the user repeat it
         seed = int(torch.randint(2**62, (), dtype=torch.int64))
+    if not blocks.needs_grad:
+        return _attend(blocks, seed)
     sides = (blocks.global_keys, blocks.sparse, blocks.tokens)
     work = _Work(
         tuple(None if keys is None else keys.mask for keys in sides),
@@ -55,6 +48,22 @@ def block_attention(blocks: Blocks) -> Tensor:
     return out
 
 
+def _attend(blocks: Blocks, seed: int) -> Tensor:
+    query, front, before = blocks.query, blocks.front, blocks.num_front
+    out = memory_like(query, before + query.shape[2])
+    if front is not None:
+        out[:, :, :before] = front
+    answers = out[:, :, before:]
+    for step in _steps(blocks, seed):
+        weights = step.weights()
+        if step.kept is not None:
+            weights.mul_(step.kept)
+        answer = step.memory.of("answers", query, *step.query.shape)
+        torch.baddbmm(answer, weights, step.values(), beta=0, alpha=step.rescale, out=answer)
+        step.of(answers).copy_(answer.view(*step.shape, -1))
+    return out
+
+
 class _Work(NamedTuple):
     """What is asked for, besides the tensors that have gradients."""
 
@@ -64,13 +73,24 @@ class _Work(NamedTuple):
     dropout_p: float
     seed: int
 
-    def blocks(self, query: Tensor, sides: tuple[Tensor | None, ...]) -> Blocks:
+    def blocks(
+        self, query: Tensor, sides: tuple[Tensor | None, ...], front: Tensor | None = None
+    ) -> Blocks:
         of_globals, sparse, tokens = (
             None if key is None or value is None or mask is None else Keys(key, value, mask)
             for key, value, mask in zip(sides[::2], sides[1::2], self.masks, strict=True)
         )
         assert of_globals is not None and tokens is not None
-        return Blocks(query, of_globals, sparse, tokens, self.geometry, self.scale, self.dropout_p)
+        return Blocks(
+            query,
+            of_globals,
+            sparse,
+            tokens,
+            self.geometry,
+            self.scale,
+            self.dropout_p,
+            front=front,
+        )
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -78,58 +98,41 @@ class _BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any, work: _Work, query: Tensor, front: Tensor | None, *sides: Tensor | None
     ) -> Tensor:
-        before = 0 if front is None else front.shape[2]
-        out = memory_like(query, before + query.shape[2])
-        if front is not None:
-            out[:, :, :before] = front
-        most = query.new_empty(query.shape[:3])
-        total = torch.empty_like(most)
-        values = Buffer(query)
-        for step in _steps(work.blocks(query, sides), work.seed):
-            scores = step.scores()
-            of_most = torch.amax(scores, dim=-1, keepdim=True)
-            scores.sub_(of_most).exp_()
-            of_total = scores.sum(dim=-1, keepdim=True)
-            step.of(most).copy_(of_most.view(step.shape))
-            step.of(total).copy_(of_total.view(step.shape))
-            if step.kept is not None:
-                scores.mul_(step.kept)
-            value = values.gather(step.seen.value, step.piece).flatten(0, 1)
-            answer = torch.bmm(scores, value).mul_(step.rescale / of_total)
-            step.of(out[:, :, before:]).copy_(answer.view(*step.shape, -1))
-        ctx.work, ctx.before = work, before
-        ctx.save_for_backward(query, out, most, total, *sides)
+        blocks = work.blocks(query, sides, front)
+        out = _attend(blocks, work.seed)
+        ctx.work, ctx.before = work, blocks.num_front
+        ctx.save_for_backward(query, out, *sides)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         work, before = ctx.work, ctx.before
-        query, out, most, total, *sides = ctx.saved_tensors
+        query, out, *sides = ctx.saved_tensors
         out, given = out[:, :, before:], grad[:, :, before:]
         grads = [None if x is None else torch.zeros_like(x) for x in sides]
         of_query = memory_like(query, query.shape[2])
-        values, products = Buffer(query), Buffer(query)
         for step in _steps(work.blocks(query, sides), work.seed):
-            weights = step.scores()
-            rows = weights.shape[:2]
-            weights.sub_(step.of(most).reshape(*rows, 1)).exp_()
-            # what a row of the softmax is divided by goes into its gradient, which is narrower
-            of_out = step.of(given).reshape(*rows, -1) / step.of(total).reshape(*rows, 1)
+            weights = step.weights()
+            of_out = step.of(given).reshape(step.query.shape)
             mean = (of_out * step.of(out).reshape(of_out.shape)).sum(-1, keepdim=True)
-            of_out.mul_(step.rescale)
-            value = values.gather(step.seen.value, step.piece).flatten(0, 1)
-            of_scores = torch.bmm(of_out, value.transpose(1, 2), out=products.of(*weights.shape))
+            of_out = of_out * step.rescale
+            value = step.values()
+            of_scores = step.memory.of("products", weights, *weights.shape)
+            torch.bmm(of_out, value.mT, out=of_scores)
             kept = weights
             if step.kept is not None:
                 of_scores.mul_(step.kept)
                 kept = step.kept.mul_(weights)
             # the windows of values and keys are used up, their memory takes the gradients
-            _add(grads[1::2], step, torch.bmm(kept.transpose(1, 2), of_out, out=value))
+            _add(grads[1::2], step, torch.bmm(kept.mT, of_out, out=value))
             of_scores.sub_(mean).mul_(weights)
-            answer = torch.bmm(of_scores, step.key).mul_(work.scale)
+            answer = step.memory.of("answers", query, *step.query.shape)
+            torch.baddbmm(answer, of_scores, step.key, beta=0, alpha=work.scale, out=answer)
             step.of(of_query).copy_(answer.view(*step.shape, -1))
-            _add(grads[::2], step, torch.bmm(of_scores.transpose(1, 2), step.query, out=value))
+            of_key = step.key
+            torch.baddbmm(of_key, of_scores.mT, step.query, beta=0, alpha=work.scale, out=of_key)
+            _add(grads[::2], step, of_key)
         return None, of_query, grad[:, :, :before] if before else None, *grads
 
 
@@ -137,8 +140,9 @@ class _Step(NamedTuple):
     """One piece: some heads and blocks, N in all.
 
     Attributes:
-        query: (N, b, D), scaled.
+        query: (N, b, D).
         key: (N, keys, D).
+        scale: of the scores.
         kept: (N, b, keys), 1 for a probability that dropout keeps and 0 for others; None: no dropout.
         rescale: what the kept ones are multiplied with.
     """
@@ -148,11 +152,12 @@ class _Step(NamedTuple):
     seen: Windows
     query: Tensor
     key: Tensor
+    scale: float
     mask: Tensor | None
     causal: Tensor | None
     kept: Tensor | None
     rescale: float
-    memory: Buffer
+    memory: Workspace
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -164,44 +169,48 @@ class _Step(NamedTuple):
         """Its queries of ``x`` (B, H, T, ...), as a view (heads, blocks, b, ...)."""
         return self.run.of(x)[self.piece]
 
-    def scores(self) -> Tensor:
-        """(N, b, keys), masked."""
-        out = self.memory.of(*self.query.shape[:2], self.key.shape[1])
-        torch.bmm(self.query, self.key.transpose(1, 2), out=out)
+    def weights(self) -> Tensor:
+        """The softmax of the scores, (N, b, keys)."""
+        query, key = self.query, self.key
+        out = self.memory.of("scores", query, *query.shape[:2], key.shape[1])
+        torch.baddbmm(out, query, key.mT, beta=0, alpha=self.scale, out=out)
         if self.mask is not None:
             out.view(*self.shape, -1).add_(self.mask)
         if self.causal is not None:
             out.add_(self.causal)
-        return out
+        return torch.softmax(out, dim=-1, out=out)
+
+    def values(self) -> Tensor:
+        """(N, keys, D)."""
+        return self.memory.gather("values", self.seen.value, self.piece).flatten(0, 1)
 
 
 def _steps(blocks: Blocks, seed: int) -> Iterator[_Step]:
     """All pieces, in the same order forward and backward: dropout is drawn piece by piece."""
-    query, geometry = blocks.query, blocks.geometry
-    queries, keys, scores, kept = (Buffer(query) for _ in range(4))
+    query = blocks.query
     dropout = _Dropout(blocks.dropout_p, seed)
-    batch, heads, length, _ = query.shape
-    for run in geometry.runs(length, blocks.num_sparse):
-        seen = windows(blocks, run)
-        mask = None if bool(seen.seen.all()) else additive(seen.seen, query.dtype)
-        before = causal(run.queries, seen.size, query) if geometry.is_causal else None
-        asking = run.of(query)
-        size = seen.size * run.queries * query.element_size()
-        for piece in pieces(batch, heads, run.blocks, max(1, CACHE_BYTES // size)):
-            some = asking[piece]
-            of_query = torch.mul(some, blocks.scale, out=queries.of(*some.shape)).flatten(0, 1)
-            yield _Step(
-                run,
-                piece,
-                seen,
-                of_query,
-                keys.gather(seen.key, piece).flatten(0, 1),
-                None if mask is None else piece.of(mask),
-                before,
-                dropout.draw(kept.of(*of_query.shape[:2], seen.size)) if dropout.rate else None,
-                dropout.rescale,
-                scores,
-            )
+    with workspace() as memory:
+        for run, seen, mask in runs(blocks):
+            before = causal(run.queries, seen.size, query) if blocks.geometry.is_causal else None
+            asking = run.of(query)
+            for piece in pieces(query, run, seen.size):
+                some, kept = asking[piece].flatten(0, 1), None
+                if dropout.rate:
+                    kept = memory.of("kept", some, *some.shape[:2], seen.size)
+                    dropout.draw(kept)
+                yield _Step(
+                    run,
+                    piece,
+                    seen,
+                    some,
+                    memory.gather("keys", seen.key, piece).flatten(0, 1),
+                    blocks.scale,
+                    None if mask is None else piece.of(mask),
+                    before,
+                    kept,
+                    dropout.rescale,
+                    memory,
+                )
 
 
 class _Dropout:

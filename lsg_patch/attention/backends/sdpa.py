@@ -1,4 +1,4 @@
-"""Windows of keys gathered block by block, and PyTorch's own fused attention over them."""
+"""Windows of keys gathered block by block, and PyTorch's own attention over them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsg_patch.attention.backends import recomputed
-from lsg_patch.attention.backends.windows import Buffer, causal, pieces, places, windows
+from lsg_patch.attention.backends import products
+from lsg_patch.attention.backends.pieces import pieces, workspace
+from lsg_patch.attention.backends.windows import causal, padding, places, runs, windows
 from lsg_patch.attention.bias import BlockBias
 from lsg_patch.attention.blocks import Blocks, memory_like
 from lsg_patch.attention.compiling import is_compiling
-from lsg_patch.attention.keys import additive
 
-# bytes of gathered keys that stay in a processor's cache until they are used
-CACHE_BYTES = 3 << 20
+# whose products of whole matrices are faster than the small tiles of the fused attention
+HAS_BLAS = torch.backends.mkl.is_available()
 
 
 def block_attention(blocks: Blocks) -> Tensor:
     """LSG attention of the tokens' queries, behind the front: (B, H, g + T, D), linear in T."""
     if blocks.query.device.type != "cpu" or is_compiling():
         return _at_once(blocks)
-    if not blocks.needs_grad:
-        return _in_pieces(blocks)
-    if recomputed.can_run(blocks):
-        return recomputed.block_attention(blocks)
-    return _at_once(blocks)
+    needs_grad = blocks.needs_grad
+    if products.can_run(blocks) and (needs_grad or HAS_BLAS):
+        return products.block_attention(blocks)
+    return _at_once(blocks) if needs_grad else _in_pieces(blocks)
 
 
 def _at_once(blocks: Blocks) -> Tensor:
@@ -34,8 +33,7 @@ def _at_once(blocks: Blocks) -> Tensor:
     run = geometry.whole(length)
     padded = run.blocks * run.queries
     query = F.pad(blocks.query, (0, 0, 0, padded - length)).unflatten(2, (run.blocks, run.queries))
-    seen = windows(blocks, run)
-    added = additive(seen.seen, query.dtype)
+    seen, added = windows(blocks, run), padding(blocks, run)
     at, rows = places(blocks, run)
     if rows is not None:
         added = added + _bias_of(at, rows)
@@ -56,31 +54,27 @@ def _at_once(blocks: Blocks) -> Tensor:
 def _in_pieces(blocks: Blocks) -> Tensor:
     """As many blocks at a time as a processor's cache holds, each with no more than it sees."""
     query, geometry, front = blocks.query, blocks.geometry, blocks.num_front
-    batch, heads, length, width = query.shape
-    out = memory_like(query, front + length)
+    out = memory_like(query, front + query.shape[2])
     if blocks.front is not None:
         out[:, :, :front] = blocks.front
-    keys, values = Buffer(query), Buffer(query)
-    for run in geometry.runs(length, blocks.num_sparse):
-        seen = windows(blocks, run)
-        at, rows = places(blocks, run)
-        asking, answers = run.of(query), run.of(out[:, :, front:])
-        mask = None if bool(seen.seen.all()) else additive(seen.seen, query.dtype)
-        before = causal(run.queries, seen.size, query) if geometry.is_causal else None
-        most = max(1, CACHE_BYTES // (2 * seen.size * width * query.element_size()))
-        for piece in pieces(batch, heads, run.blocks, most):
-            added = None if mask is None else piece.of(mask)
-            if rows is not None:
-                of_heads = BlockBias(rows.rows[piece.heads])
-                added = _sum(added, _bias_of([piece.of(x) for x in at], of_heads))
-            answers[piece] = F.scaled_dot_product_attention(
-                asking[piece],
-                keys.gather(seen.key, piece),
-                values.gather(seen.value, piece),
-                attn_mask=_sum(added, before),
-                dropout_p=blocks.dropout_p,
-                scale=blocks.scale,
-            )
+    with workspace() as memory:
+        for run, seen, mask in runs(blocks):
+            at, rows = places(blocks, run)
+            asking, answers = run.of(query), run.of(out[:, :, front:])
+            before = causal(run.queries, seen.size, query) if geometry.is_causal else None
+            for piece in pieces(query, run, seen.size):
+                added = None if mask is None else piece.of(mask)
+                if rows is not None:
+                    of_heads = BlockBias(rows.rows[piece.heads])
+                    added = _sum(added, _bias_of([piece.of(x) for x in at], of_heads))
+                answers[piece] = F.scaled_dot_product_attention(
+                    asking[piece],
+                    memory.gather("keys", seen.key, piece),
+                    memory.gather("values", seen.value, piece),
+                    attn_mask=_sum(added, before),
+                    dropout_p=blocks.dropout_p,
+                    scale=blocks.scale,
+                )
     return out
 
 
