@@ -9,7 +9,7 @@ from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family
 from lsg_patch.modules import causal, encoder, stack
 from lsg_patch.modules.arguments import Argument
-from lsg_patch.modules.self_attention import journals_of
+from lsg_patch.modules.swapped import journals_of
 from lsg_patch.plan import Plan
 from lsg_patch.undo import Journal
 

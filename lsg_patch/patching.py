@@ -18,9 +18,11 @@ from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family, find_base
 from lsg_patch.hooking import hook_edges
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
+from lsg_patch.modules.layer import swap_layer
 from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
-from lsg_patch.modules.self_attention import journals_of, swap_attention
-from lsg_patch.plan import Plan, configs_around, make_plan
+from lsg_patch.modules.self_attention import swap_attention
+from lsg_patch.modules.swapped import journals_of
+from lsg_patch.plan import CHUNK, Plan, configs_around, make_plan
 from lsg_patch.tokenizer import set_max_length
 from lsg_patch.undo import Journal
 
@@ -174,7 +176,7 @@ def unpatch_model(model: Model) -> Model:
         ValueError: nothing in ``model`` is patched.
     """
     patches: list[tuple[nn.Module, Patch]] = [(x, vars(x)[PATCH]) for x in _patched_bases(model)]
-    # undone from the end: the records of attention that is where it was are empty by their turn
+    # undone from the end: the records of modules that are where they were are empty by their turn
     changes = Journal([*journals_of(model), *(patch.journal for _, patch in patches)])
     if not changes.changes:
         _require_patched(model)
@@ -272,10 +274,15 @@ def _apply(
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
     for model_config in plan.configs.values():
         journal.set_attribute(model_config, "max_position_embeddings", length + plan.config_offset)
+    for module in plan.chunked:
+        journal.set_attribute(module, CHUNK, 0)
     for index, module in enumerate(plan.attentions):
         # every layer its own projections; a seed gives the same ones each time
         seed = (config.seed or 0) + index
         swap_attention(module, config, family, seed, journal, plan.is_causal)
+    if config.unpad is not False:
+        for module in plan.layers:
+            swap_layer(module, journal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
     hook_edges(base, family, plan, config, journal)

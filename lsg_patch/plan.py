@@ -19,6 +19,9 @@ from lsg_patch.tokenizer import find_token_ids
 
 logger = logging.getLogger(__name__)
 
+# of a module: the rows that it takes at a time, of which its input must have a multiple
+CHUNK = "chunk_size_feed_forward"
+
 
 @dataclass
 class Plan:
@@ -29,11 +32,13 @@ class Plan:
     the number of rows before that of position 0 in the table ``positions`` (None: there is no
     table), of which ``max_position_embeddings`` of the model's ``configs`` counts ``config_offset``;
     ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
-    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none; ``is_causal``
+    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none; ``chunked`` are
+    the modules that have a ``CHUNK``; ``layers`` are those of ``Family.layers``; ``is_causal`` says
     that the model is a decoder; ``can_unpad`` that its layers can run on packed rows.
     """
 
     attentions: list[nn.Module]
+    layers: list[nn.Module]
     stack: nn.Module
     embeddings: nn.Module
     words: nn.Embedding
@@ -45,6 +50,7 @@ class Plan:
     config_offset: int
     configs: dict[str, Any]
     num_layers: int
+    chunked: list[nn.Module]
     decoder: nn.Module | None = None
     decoder_positions: nn.Embedding | None = None
     global_rows: Tensor | None = None
@@ -80,6 +86,12 @@ def make_plan(
     _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
     _check_positions(plan, config)
     _warn_of_unseen_tokens(plan, family, config)
+    if plan.chunked:
+        logger.warning(
+            "%s=%d is 0 while the model is patched: with global tokens, lengths are no multiples of it",
+            CHUNK,
+            getattr(plan.chunked[0], CHUNK),
+        )
     if config.num_global_tokens:
         plan.global_rows = _global_rows(base, family, plan, config, tokenizer)
     return plan
@@ -154,6 +166,7 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
         known = [row.detach() for row in rest if row is not None]
     return Plan(
         attentions=attentions,
+        layers=find_modules(base, family.layers) if family.layers else [],
         stack=stack,
         embeddings=embeddings,
         words=table(family.words),
@@ -165,6 +178,7 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
         config_offset=offset if family.config_counts_offset else 0,
         configs=configs_around(model, base),
         num_layers=getattr(base.config, "num_hidden_layers", len(attentions)),
+        chunked=[module for module in stack.modules() if getattr(module, CHUNK, 0)],
         decoder=base.get_submodule(family.decoder) if family.decoder else None,
         decoder_positions=_table(base, family.decoder_positions)
         if family.decoder_positions

@@ -22,6 +22,7 @@ from tests.models import (
     CLS,
     FAMILIES,
     POSITIONS,
+    assert_same,
     ids_like,
     model_classes,
     right_padded,
@@ -410,6 +411,32 @@ def test_layers_copied_while_patched_are_reverted(sparsity_type: str, again: Any
     assert_bitwise(run(model, ids, mask), expected)
     with pytest.raises(ValueError, match="is not patched"):
         lsg_patch.unpatch_model(model)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "esm"])
+def test_a_feed_forward_in_chunks_is_whole_while_patched(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It asks for multiples of the chunk, which lengths with global tokens are not."""
+    model, mask = tiny_model(family, chunk_size_feed_forward=4), right_padded(12, 8)
+    chunked = [x for x in model.modules() if getattr(x, "chunk_size_feed_forward", 0)]
+    assert chunked
+    ids = ids_like(mask, family)
+    before = run(model, ids, mask)
+    with lsg_patch.patched(model, **SETTINGS):
+        assert "chunk_size_feed_forward=4 is 0 while the model is patched" in caplog.text
+        assert_same(run(model, ids, mask), before, mask, 1e-5)
+        long_run(model, family)
+    assert [x.chunk_size_feed_forward for x in chunked] == [4] * len(chunked)
+    assert_bitwise(run(model, ids, mask), before)
+
+
+def test_layers_keep_the_name_that_others_find_them_by() -> None:
+    """So that what wraps layers by name, as FSDP does, still finds them."""
+    model = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS)
+    layer = model.encoder.layer[0]
+    assert type(layer).__name__ == "BertLayer" != type(layer.attention.self).__name__
+    assert isinstance(layer, type(tiny_model("bert").encoder.layer[0]))
 
 
 def _without_ids(found: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lsg_patch.families import AttentionNames, Family, Rotary
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.causal import KeptKeys
 from lsg_patch.modules.layout import Batch, Layout
+from lsg_patch.modules.swapped import Swapped, swap_class
 from lsg_patch.undo import Journal
 
 
@@ -25,8 +26,7 @@ class AttentionState:
     """What a swapped module knows besides what it was: the settings, its family, its arguments.
 
     ``outputs`` is how many values it returns; ``rounds`` the number of its projections for lsh;
-    ``kept`` where a decoder's module has earlier keys from (None: it is no decoder's);
-    ``journal`` has all that was changed of it, so that a copy of it alone can be reverted too.
+    ``kept`` where a decoder's module has earlier keys from (None: it is no decoder's).
     """
 
     config: LSGConfig
@@ -41,15 +41,11 @@ class AttentionState:
     journal: Journal = field(repr=False, compare=False)
 
 
-class LSGSelfAttention(nn.Module):
-    """Mixed into the class of a self-attention module; its projections are the module's own.
+class LSGSelfAttention(Swapped):
+    """Mixed into the class of a self-attention module; its projections are the module's own."""
 
-    The module stays the same object, with the same parameters, hooks and children, and stays an
-    instance of the class that it was.
-    """
-
+    prefix = "LSG"
     lsg: AttentionState
-    original: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hidden states (B, num_global_tokens + T, width), and the stack's ``Layout`` as the mask.
@@ -110,7 +106,7 @@ class LSGSelfAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, batches: tuple[Batch, ...]
     ) -> Tensor:
         """The same of (1, H, N, D) in which the ``batches`` stand one after the other."""
-        sizes = [batch.sequences * batch.size for batch in batches]
+        sizes = [batch.rows for batch in batches]
         parts = zip(batches, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
         contexts = []
         for batch, *heads in parts:
@@ -126,22 +122,6 @@ class LSGSelfAttention(nn.Module):
         given = self.lsg.config.attention_probs_dropout_prob
         own = getattr(self, self.lsg.names.dropout)
         return float(given if given is not None else getattr(own, "p", own))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class is made at run time: a copy or a pickle names the class it was made of
-        return _blank, (self.original,), self.__dict__.copy()
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def lsg_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``cls``, a self-attention class, that attends by LSG; always the same one."""
-    if cls not in _CLASSES:
-        attributes = {"__module__": __name__, "original": cls}
-        made = type(f"LSG{cls.__name__}", (LSGSelfAttention, cls), attributes)
-        _CLASSES.setdefault(cls, made)
-    return _CLASSES[cls]
 
 
 def swap_attention(
@@ -182,20 +162,8 @@ def swap_attention(
         kept,
         own,
     )
-    own.set_attribute(module, "lsg", state)
-    own.set_class(module, lsg_class(type(module)))
-
-
-def journals_of(root: nn.Module) -> list[Journal]:
-    """The records of all swapped modules below ``root``, and of itself."""
-    return [m.lsg.journal for m in root.modules() if isinstance(m, LSGSelfAttention)]
+    swap_class(module, LSGSelfAttention, state)
 
 
 def _projection_name(index: int) -> str:
     return f"lsh_projection_{index}"
-
-
-def _blank(cls: type[nn.Module]) -> nn.Module:
-    """An LSG module of class ``cls`` without contents; whoever copies it fills it."""
-    made = lsg_class(cls)
-    return made.__new__(made)
