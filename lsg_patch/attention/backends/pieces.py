@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lsg_patch.attention.geometry import Run
+from lsg_patch.attention.geometry import Run, Window
 
 # bytes of the keys, values and scores of a piece, for each thread: what its cache holds until used
 CACHE_BYTES = 4 << 20
@@ -34,6 +34,24 @@ class Piece(NamedTuple):
             self.heads if x.shape[1] > 1 else everything,
             self.blocks if x.shape[2] > 1 else everything,
         ]
+
+    def window(self, x: Tensor, window: Window, run: Run) -> Tensor:
+        """What its blocks, which are some of ``run``, see of ``x`` (B, H, n, D) through ``window``.
+
+        A view (heads, blocks, size, D), in one step: blocks are many and small.
+        """
+        row, head, key, element = x.stride()
+        start = window.start + window.stride * (run.first + self.blocks.start)
+        return x.as_strided(
+            (*self.shape, window.size, x.shape[3]),
+            (head, window.stride * key, key, element),
+            x.storage_offset() + self.row * row + self.heads.start * head + start * key,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(heads, blocks)."""
+        return self.heads.stop - self.heads.start, self.blocks.stop - self.blocks.start
 
 
 def pieces(query: Tensor, run: Run, keys: int) -> Iterator[Piece]:
@@ -75,12 +93,11 @@ class Workspace:
             self._memory[role, dtype] = memory
         return memory[:size].view(shape)
 
-    def gather(self, role: str, parts: Sequence[Tensor], piece: Piece) -> Tensor:
-        """The ``parts`` (B, H, blocks, size, D) of a piece side by side: (heads, blocks, keys, D)."""
-        found = [piece.of(x) for x in parts]
-        heads, blocks, _, width = found[0].shape
-        out = self.of(role, found[0], heads, blocks, sum(x.shape[2] for x in found), width)
-        return torch.cat(found, dim=2, out=out)
+    def gather(self, role: str, parts: list[Tensor]) -> Tensor:
+        """The ``parts`` (heads, blocks, size, D) side by side: (heads, blocks, keys, D)."""
+        heads, blocks, _, width = parts[0].shape
+        out = self.of(role, parts[0], heads, blocks, sum(x.shape[2] for x in parts), width)
+        return torch.cat(parts, dim=2, out=out)
 
     def shrink(self) -> None:
         """Gives up what is too large to be kept."""

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from lsg_patch.attention.backends.pieces import Piece, Workspace, pieces, workspace
 from lsg_patch.attention.backends.windows import Windows, causal, runs
 from lsg_patch.attention.blocks import Blocks, memory_like
-from lsg_patch.attention.geometry import Geometry, Run, Window, unfold_windows
+from lsg_patch.attention.geometry import Geometry, Run, Window
 from lsg_patch.attention.keys import Keys
 
 # half precision would lose what the sums are made of
@@ -162,8 +162,7 @@ class _Step(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(heads, blocks, b)."""
-        heads, blocks = (s.stop - s.start for s in (self.piece.heads, self.piece.blocks))
-        return heads, blocks, self.run.queries
+        return *self.piece.shape, self.run.queries
 
     def of(self, x: Tensor) -> Tensor:
         """Its queries of ``x`` (B, H, T, ...), as a view (heads, blocks, b, ...)."""
@@ -182,7 +181,7 @@ class _Step(NamedTuple):
 
     def values(self) -> Tensor:
         """(N, keys, D)."""
-        return self.memory.gather("values", self.seen.value, self.piece).flatten(0, 1)
+        return self.memory.gather("values", self.seen.value(self.piece)).flatten(0, 1)
 
 
 def _steps(blocks: Blocks, seed: int) -> Iterator[_Step]:
@@ -203,7 +202,7 @@ def _steps(blocks: Blocks, seed: int) -> Iterator[_Step]:
                     piece,
                     seen,
                     some,
-                    memory.gather("keys", seen.key, piece).flatten(0, 1),
+                    memory.gather("keys", seen.key(piece)).flatten(0, 1),
                     blocks.scale,
                     None if mask is None else piece.of(mask),
                     before,
@@ -248,13 +247,11 @@ def _add(grads: list[Tensor | None], step: _Step, given: Tensor) -> None:
     given = given.view(*step.shape[:2], *given.shape[1:])
     count = of_globals.shape[2]
     of_globals[piece.row, piece.heads].add_(given[:, :, :count].sum(1))
-    first, blocks = run.first + piece.blocks.start, step.shape[1]
     spans = [(of_sparse, window) for window in run.sparse] + [(of_tokens, run.local)]
     for grad, window in spans:
         assert grad is not None
         for part in _parts(window):
-            views = unfold_windows(grad[piece.row, piece.heads], (part,), blocks, 1, first)
-            views[0].add_(given[:, :, count : count + part.size])
+            piece.window(grad, part, run).add_(given[:, :, count : count + part.size])
             count += part.size
 
 

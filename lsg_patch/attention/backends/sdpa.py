@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lsg_patch.attention.backends import products
 from lsg_patch.attention.backends.pieces import pieces, workspace
-from lsg_patch.attention.backends.windows import causal, padding, places, runs, windows
+from lsg_patch.attention.backends.windows import causal, padding, places, runs, unfolded
 from lsg_patch.attention.bias import BlockBias
 from lsg_patch.attention.blocks import Blocks, memory_like
 from lsg_patch.attention.compiling import is_compiling
@@ -33,17 +33,18 @@ def _at_once(blocks: Blocks) -> Tensor:
     run = geometry.whole(length)
     padded = run.blocks * run.queries
     query = F.pad(blocks.query, (0, 0, 0, padded - length)).unflatten(2, (run.blocks, run.queries))
-    seen, added = windows(blocks, run), padding(blocks, run)
+    key, value = (torch.cat(unfolded(blocks, run, name), dim=3) for name in ("key", "value"))
+    added = padding(blocks, run)
     at, rows = places(blocks, run)
     if rows is not None:
         added = added + _bias_of(at, rows)
     added = added.expand(-1, heads, -1, -1, -1).flatten(0, 1)
     if geometry.is_causal:
-        added = added + causal(run.queries, seen.size, query)
+        added = added + causal(run.queries, key.shape[3], query)
     flat = F.scaled_dot_product_attention(
         query.flatten(0, 1),
-        torch.cat(seen.key, dim=3).flatten(0, 1),
-        torch.cat(seen.value, dim=3).flatten(0, 1),
+        key.flatten(0, 1),
+        value.flatten(0, 1),
         attn_mask=added,
         dropout_p=blocks.dropout_p,
         scale=blocks.scale,
@@ -69,8 +70,8 @@ def _in_pieces(blocks: Blocks) -> Tensor:
                     added = _sum(added, _bias_of([piece.of(x) for x in at], of_heads))
                 answers[piece] = F.scaled_dot_product_attention(
                     asking[piece],
-                    memory.gather("keys", seen.key, piece),
-                    memory.gather("values", seen.value, piece),
+                    memory.gather("keys", seen.key(piece)),
+                    memory.gather("values", seen.value(piece)),
                     attn_mask=_sum(added, before),
                     dropout_p=blocks.dropout_p,
                     scale=blocks.scale,

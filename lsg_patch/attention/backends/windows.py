@@ -8,42 +8,52 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lsg_patch.attention.backends.pieces import Piece
 from lsg_patch.attention.bias import BlockBias
 from lsg_patch.attention.blocks import Blocks
-from lsg_patch.attention.geometry import Run, unfold_windows
-from lsg_patch.attention.keys import additive
+from lsg_patch.attention.geometry import Run, Window, unfold_windows
+from lsg_patch.attention.keys import Keys, additive
 
 
 class Windows(NamedTuple):
-    """What the blocks of a run see: global keys, sparse ones, and those of the tokens, in parts.
+    """What the blocks of a run see: windows of global keys, of sparse ones, and of the tokens."""
 
-    ``key`` and ``value`` are parts (B, H, blocks, size, D).
-    """
-
-    key: list[Tensor]
-    value: list[Tensor]
+    run: Run
+    parts: list[tuple[Keys, Window]]
 
     @property
     def size(self) -> int:
         """Keys that a block sees."""
-        return sum(part.shape[3] for part in self.key)
+        return sum(window.size for _, window in self.parts)
+
+    def key(self, piece: Piece) -> list[Tensor]:
+        """The keys of a piece of the run, in parts (heads, blocks, size, D)."""
+        return [piece.window(keys.key, window, self.run) for keys, window in self.parts]
+
+    def value(self, piece: Piece) -> list[Tensor]:
+        """Their values."""
+        return [piece.window(keys.value, window, self.run) for keys, window in self.parts]
 
 
 def windows(blocks: Blocks, run: Run) -> Windows:
-    """What the blocks of ``run`` see."""
-    return Windows(_parts(blocks, run, "key"), _parts(blocks, run, "value"))
+    """What the blocks of ``run`` see, whose windows do not leave the sequence."""
+    global_keys, sparse, tokens = blocks.global_keys, blocks.sparse, blocks.tokens
+    parts = [(global_keys, Window(0, global_keys.key.shape[2], 0))]
+    if sparse is not None:
+        parts += [(sparse, window) for window in run.sparse]
+    return Windows(run, [*parts, (tokens, run.local)])
 
 
 def padding(blocks: Blocks, run: Run) -> Tensor:
     """What keeps the queries of ``run`` from keys that are not seen: (B, 1 or H, blocks, 1, keys)."""
-    masks = _parts(blocks, run, "mask")
+    masks = unfolded(blocks, run, "mask")
     heads = max(mask.shape[1] for mask in masks)
     seen = torch.cat([mask.expand(-1, heads, -1, -1) for mask in masks], dim=-1)
     return additive(seen.unsqueeze(-2), blocks.query.dtype)
 
 
-def _parts(blocks: Blocks, run: Run, name: str) -> list[Tensor]:
-    """Views (B, 1 or H, blocks, size, ...) of the keys' ``name``."""
+def unfolded(blocks: Blocks, run: Run, name: str) -> list[Tensor]:
+    """Views (B, 1 or H, blocks, size, ...) of the ``name`` of all keys that the blocks of ``run`` see."""
     global_keys, sparse, tokens = blocks.global_keys, blocks.sparse, blocks.tokens
     dim = 2
     shared = getattr(global_keys, name).unsqueeze(dim)
@@ -66,7 +76,7 @@ def runs(blocks: Blocks) -> Iterator[tuple[Run, Windows, Tensor | None]]:
 def places(blocks: Blocks, run: Run) -> tuple[list[Tensor], BlockBias | None]:
     """How far the keys that a block sees stand behind its first query, and the bias of it.
 
-    The places are in the parts of ``windows``, each (1 or B, 1 or H, 1 or blocks, size): what is
+    The places are in the parts of ``unfolded``, each (1 or B, 1 or H, 1 or blocks, size): what is
     the same for all blocks is there once.
     """
     bias, sparse, geometry = blocks.bias, blocks.sparse, blocks.geometry
