@@ -38,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"of {', '.join(SELECTIONS)}",
     )
-    parser.add_argument("--layers", type=int, default=Options.layers)
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="of the models, in place of a comparison's own"
+    )
     parser.add_argument(
         "--repeats", type=int, metavar="N", help="rounds of each case (default: by its duration)"
     )
@@ -70,7 +72,7 @@ def _options(comparison: Comparison, args: argparse.Namespace) -> Options:
     return Options(
         lengths=tuple(args.lengths or comparison.lengths),
         selections=tuple(args.selections or comparison.selections),
-        layers=args.layers,
+        layers=args.layers or comparison.layers,
         rounds=Rounds(least=args.repeats, most=args.repeats) if args.repeats else comparison.rounds,
     )
 
@@ -96,10 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     records: list[Record] = []
     for name in names:
         comparison = COMPARISONS[name]
-        for found in comparison.run(_options(comparison, args)):
+        options = _options(comparison, args)
+        for found in comparison.run(options):
             records += found
             if args.json:
-                merge(args.json, found, conditions(args.layers))
+                merge(args.json, found, conditions(options.layers))
             print(f"{name}, {found[0].case}: done", file=sys.stderr)
     print(render(records))
     missed = [record for record in records if record.missed]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from benchmarks.bars import BUDGETS, bar
 from benchmarks.harness import Record, Rounds, Side, Spread, records_of, time_sides
 from benchmarks.models import SELECTIONS, bert, inputs, padded, patched_copy
-from benchmarks.peers import available, local_attention
+from benchmarks.peers import available, leave_out, local_attention
 from lsg_patch import lsg_attention, patch_model, unpatch_model
 from lsg_patch.memory import peak_memory
 
@@ -234,6 +234,56 @@ def _for_regression(record: Record) -> Record:
     return replace(record, comparison="regression", case=case, bar=held_to, is_best_held=True)
 
 
+GPU = torch.device("cuda")
+
+
+def gpu(options: Options) -> Iterator[list[Record]]:
+    """Time and peak memory on a GPU, in bfloat16: a forward and a training step, against full attention."""
+    if not _is_there(GPU):
+        leave_out("gpu", f"there is no {GPU} device")
+        return
+    for length in options.lengths:
+        base = bert(options.layers, length).to(GPU, torch.bfloat16)
+        models = {"full (sdpa)": base} | {s: patched_copy(base, s) for s in options.selections}
+        batch = {name: x.to(GPU) for name, x in inputs(length).items()}
+        for what, step, trains in (("forward", _run, False), ("training step", _train, True)):
+            case = f"{length} tokens, {what}"
+            sides = [
+                Side(name, partial(_finished, step, model.train(trains), batch))
+                for name, model in models.items()
+            ]
+            seconds = time_sides(sides, options.rounds, options.clock)
+            yield records_of("gpu", case, sides, seconds, bar)
+            peaks = {side.name: _peak_on_device(side.call) for side in sides}
+            yield [
+                _single("gpu", f"{case}, memory", name, peak / peaks["full (sdpa)"], [peak], "MiB")
+                for name, peak in peaks.items()
+            ]
+
+
+def _is_there(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.is_available()
+
+
+def _finished(step: Callable[..., None], *args: Any) -> None:
+    """Calls, and waits until the device is done with it."""
+    step(*args)
+    if GPU.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_on_device(call: Callable[[], object]) -> float:
+    """MiB that a call needs at its peak, beyond what is there before, by the device's own count."""
+    if GPU.type == "cpu":
+        with peak_memory() as used:
+            call()
+        return used.peak_bytes / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def _single(
     comparison: str, case: str, side: str, ratio: float, values: Sequence[float], unit: str
 ) -> Record:
@@ -259,6 +309,7 @@ class Comparison:
     lengths: tuple[int, ...] = ()
     selections: tuple[str, ...] = ("norm",)
     rounds: Rounds = field(default_factory=Rounds)
+    layers: int = 2
 
     @property
     def summary(self) -> str:
@@ -276,6 +327,7 @@ COMPARISONS = {
     "train": Comparison(train, 2, (4096,), rounds=FEW),
     "growth": Comparison(growth, 5, (8192, 65536), rounds=FEW),
     "peers": Comparison(peers, 4, (512, 1024, 2048, 4096), rounds=FEW),
+    "gpu": Comparison(gpu, 5, (4096, 16384, 65536), layers=12),
     "regression": Comparison(
         regression, 0.7, (1024, 4096, 8192), ("norm", "none"), Rounds(seconds=5)
     ),

@@ -76,14 +76,14 @@ def available(*names: str) -> dict[str, Callable[[int, int], nn.Module]]:
         if hasattr(transformers, PEERS[name].base):
             found[name] = PEERS[name].make
         else:
-            _leave_out(name, f"transformers {transformers.__version__} does not have it")
+            leave_out(name, f"transformers {transformers.__version__} does not have it")
     return found
 
 
 def local_attention(window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     """The local window alone, by the package local-attention; says so where it is not installed."""
     if importlib.util.find_spec("local_attention") is None:
-        _leave_out("local-attention", "it is not installed (pip install local-attention)")
+        leave_out("local-attention", "it is not installed (pip install local-attention)")
         return None
     from local_attention import LocalAttention
 
@@ -93,5 +93,6 @@ def local_attention(window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
     return attend
 
 
-def _leave_out(name: str, reason: str) -> None:
+def leave_out(name: str, reason: str) -> None:
+    """Say that something is not measured, and why."""
     print(f"{name} is left out: {reason}", file=sys.stderr)

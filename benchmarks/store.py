@@ -17,7 +17,8 @@ from benchmarks.harness import Record
 
 def conditions(layers: int) -> dict[str, Any]:
     """What the numbers depend on, apart from the code."""
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -80,6 +80,7 @@ def test_bars() -> None:
     assert bar("forward", "4096 tokens", "lsh") == 0.70
     assert bar("forward", "128 tokens", "lsh") == 1.03
     assert bar("forward", "2048 tokens", "norm") is None
+    assert bar("attention", "4096 tokens", "local-attention") is None
     assert bar("memory", "8192 to 32768 tokens", "norm") == 4.4
 
 
@@ -273,7 +274,24 @@ def test_every_bar_is_of_a_comparison_at_its_own_lengths() -> None:
         same = [other.lengths for other in COMPARISONS.values() if other.run is of.run]
         assert named <= {length for lengths in same for length in lengths}, case
         longest = max(of.lengths, default=0)
-        assert side in {"*", "by default", f"1 of {longest}", *of.selections}
+        assert side in {"*", "by default", "local-attention", f"1 of {longest}", *of.selections}
+
+
+def test_a_gpu_is_measured_forward_and_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparisons, "GPU", torch.device("cpu"))
+    cases = measured(tmp_path, "gpu", "--lengths", "300")
+    assert {case: [r["side"] for r in records] for case, records in cases.items()} == {
+        f"300 tokens, {what}": ["full (sdpa)", "norm"]
+        for what in ("forward", "forward, memory", "training step", "training step, memory")
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would be measured")
+def test_no_gpu_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu", "--json", str(tmp_path / "results.json")]) == 0
+    assert "gpu is left out: there is no cuda device" in capsys.readouterr().err
 
 
 def test_help_says_what_each_comparison_takes(capsys: pytest.CaptureFixture[str]) -> None:
