@@ -280,9 +280,8 @@ def _apply(
         # every layer its own projections; a seed gives the same ones each time
         seed = (config.seed or 0) + index
         swap_attention(module, config, family, seed, journal, plan.is_causal)
-    if config.unpad is not False:
-        for module in plan.layers:
-            swap_layer(module, journal)
+    for module in plan.layers:
+        swap_layer(module, journal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
     hook_edges(base, family, plan, config, journal)
