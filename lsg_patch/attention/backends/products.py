@@ -58,8 +58,12 @@ def _attend(blocks: Blocks, seed: int) -> Tensor:
         weights = step.weights()
         if step.kept is not None:
             weights.mul_(step.kept)
-        answer = step.memory.of("answers", query, *step.query.shape)
-        torch.baddbmm(answer, weights, step.values(), beta=0, alpha=step.rescale, out=answer)
+        answer, at = step.memory.of("answers", query, *step.query.shape), 0
+        for values in step.value_parts():
+            share = weights[:, :, at : at + values.shape[1]]
+            beta = int(at > 0)
+            torch.baddbmm(answer, share, values, beta=beta, alpha=step.rescale, out=answer)
+            at += values.shape[1]
         step.of(answers).copy_(answer.view(*step.shape, -1))
     return out
 
@@ -182,6 +186,14 @@ class _Step(NamedTuple):
     def values(self) -> Tensor:
         """(N, keys, D)."""
         return self.memory.gather("values", self.seen.value(self.piece)).flatten(0, 1)
+
+    def value_parts(self) -> list[Tensor]:
+        """The same in parts (N, n, D): those of the tokens, which are most, where they are."""
+        *others, tokens = self.seen.value(self.piece)
+        if 1 not in self.piece.shape:
+            return [self.values()]  # windows that move with the head and the block are no one batch
+        parts = (self.memory.gather("values", others), tokens)
+        return [x.flatten(0, 1) for x in parts if x.shape[2]]
 
 
 def _steps(blocks: Blocks, seed: int) -> Iterator[_Step]:
