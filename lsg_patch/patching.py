@@ -18,7 +18,7 @@ from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family, find_base
 from lsg_patch.hooking import hook_edges
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
-from lsg_patch.modules.layer import swap_layer
+from lsg_patch.modules.layer import swap_layer, swap_row_wise
 from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
 from lsg_patch.modules.self_attention import swap_attention
 from lsg_patch.modules.swapped import journals_of
@@ -282,6 +282,8 @@ def _apply(
         swap_attention(module, config, family, seed, journal, plan.is_causal)
     for module in plan.layers:
         swap_layer(module, journal)
+    for module in plan.row_wise:
+        swap_row_wise(module, journal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
     hook_edges(base, family, plan, config, journal)

@@ -33,12 +33,14 @@ class Plan:
     table), of which ``max_position_embeddings`` of the model's ``configs`` counts ``config_offset``;
     ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
     the global tokens; ``global_rows`` (num_global_tokens, width), or None for none; ``chunked`` are
-    the modules that have a ``CHUNK``; ``layers`` are those of ``Family.layers``; ``is_causal`` says
-    that the model is a decoder; ``can_unpad`` that its layers can run on packed rows.
+    the modules that have a ``CHUNK``; ``layers`` are those of ``Family.layers``, ``row_wise`` those of
+    ``Family.row_wise``; ``is_causal`` says that the model is a decoder; ``can_unpad`` that its layers
+    can run on packed rows.
     """
 
     attentions: list[nn.Module]
     layers: list[nn.Module]
+    row_wise: list[nn.Module]
     stack: nn.Module
     embeddings: nn.Module
     words: nn.Embedding
@@ -164,9 +166,16 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
     with torch.no_grad():
         rest = (token_type, family.first_token_extra(embeddings, base.config))
         known = [row.detach() for row in rest if row is not None]
+    layers = find_modules(base, family.layers) if family.layers else []
     return Plan(
         attentions=attentions,
-        layers=find_modules(base, family.layers) if family.layers else [],
+        layers=layers,
+        row_wise=[
+            module
+            for layer in layers
+            for path, module in layer.named_modules()
+            if path in family.row_wise
+        ],
         stack=stack,
         embeddings=embeddings,
         words=table(family.words),

@@ -3,7 +3,8 @@
 Between its input and its output a layer makes tensors several times as large. Beyond some size a C
 library gives each of them back to the system, and gets new pages for the next one: a third of the
 time of a forward, on some machines. What is told apart by sequences runs on parts of a packed batch;
-the feed-forward, which is told apart by rows, on parts of any batch.
+what makes each row by itself, the feed-forward and the projection after the attention, on parts of
+any batch.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from lsg_patch.undo import Journal
 
 # rows whose tensors are kept for the next part, if only just; a longer sequence is a part of its own
 ROWS_AT_ONCE = 4096
-# rows whose feed-forward, four times as wide, is kept
-FEED_FORWARD_ROWS = 2048
+# rows of a feed-forward, four times as wide, and of a projection, whose tensors are kept
+ROWS_BY_THEMSELVES = 1024
 
 
 @dataclass(frozen=True)
@@ -56,26 +57,45 @@ class LSGLayer(Swapped):
 
     def feed_forward_chunk(self, hidden: Tensor) -> Tensor:
         """The feed-forward of most families' layers."""
-        return _some_at_a_time(super().feed_forward_chunk, hidden)  # type: ignore[misc]
+        return some_at_a_time(super().feed_forward_chunk, hidden)  # type: ignore[misc]
 
     def ff_chunk(self, hidden: Tensor) -> Tensor:
         """The feed-forward of ALBERT's layers."""
-        return _some_at_a_time(super().ff_chunk, hidden)  # type: ignore[misc]
+        return some_at_a_time(super().ff_chunk, hidden)  # type: ignore[misc]
 
 
-def _some_at_a_time(of_rows: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """What ``of_rows`` makes of each row of ``hidden`` (B, N, width)."""
-    batch, count, _ = hidden.shape
-    parts = -(-batch * count // FEED_FORWARD_ROWS)
+@dataclass(frozen=True)
+class RowWiseState:
+    """What a swapped module knows that makes each row by itself: what was changed of it."""
+
+    journal: Journal = field(repr=False, compare=False)
+
+
+class LSGRowWise(Swapped):
+    """Mixed into the class of a module that makes each row by itself, whose name it keeps."""
+
+    lsg: RowWiseState
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives, of (B, N, width) each."""
+        if kwargs:  # families call it by position
+            return super().forward(*args, **kwargs)
+        return some_at_a_time(super().forward, *args)
+
+
+def some_at_a_time(of_rows: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """What ``of_rows`` makes of each row of those ``given``, (B, N, width) each."""
+    batch, count, _ = given[0].shape
+    parts = -(-batch * count // ROWS_BY_THEMSELVES)
     # for a backward all of it has to be kept anyway
-    if parts <= 1 or hidden.device.type != "cpu" or torch.is_grad_enabled() or is_compiling():
-        return of_rows(hidden)
+    if parts <= 1 or given[0].device.type != "cpu" or torch.is_grad_enabled() or is_compiling():
+        return of_rows(*given)
     out, at = None, 0
-    for part in hidden.chunk(parts, dim=1):
-        found = of_rows(part)
+    for some in zip(*(x.chunk(parts, dim=1) for x in given), strict=True):
+        found = of_rows(*some)
         out = found.new_empty(batch, count, found.shape[2]) if out is None else out
-        out[:, at : at + part.shape[1]] = found
-        at += part.shape[1]
+        out[:, at : at + found.shape[1]] = found
+        at += found.shape[1]
     assert out is not None
     return out
 
@@ -98,3 +118,10 @@ def swap_layer(module: nn.Module, journal: Journal) -> None:
     hidden = Argument.of(parameters, parameters[0])
     mask = Argument.of(parameters, *compat.MASK_NAMES)
     swap_class(module, LSGLayer, LayerState(hidden, mask, own))
+
+
+def swap_row_wise(module: nn.Module, journal: Journal) -> None:
+    """Make ``module``, which makes each row by itself, run on some rows at a time."""
+    own = Journal()
+    journal.record(own)
+    swap_class(module, LSGRowWise, RowWiseState(own))
