@@ -136,30 +136,66 @@ def _lsh(inputs: SelectionInputs) -> Keys:
     seen = tokens.mask.unflatten(2, chunked)
     with torch.autocast(tokens.key.device.type, enabled=False):
         key = tokens.key.detach().to(wide)
-        members = bucket = None
+        buckets = None
         sizes = _round_sizes(geometry, len(inputs.projections))
         for size, projection in zip(sizes, inputs.projections, strict=True):
-            hashed = (key @ projection.to(key)).unflatten(2, chunked)
-            chosen = _bucket(hashed if members is None else members @ hashed)
-            bucket = chosen if bucket is None else chosen.gather(-1, bucket)
-            of_bucket = seen.to(wide).expand(bucket.shape)
-            # written where the ones stand: made of booleans it would take longer than all the rest
-            members = of_bucket.new_zeros(*bucket.shape[:-1], size, geometry.chunk)
-            members.scatter_(-2, bucket.unsqueeze(-2), of_bucket.unsqueeze(-2))
-        assert members is not None and bucket is not None
-        count = members.sum(-1, keepdim=True)
-        share = members.to(dtype)
+            hashed = key @ projection.to(key)
+            if buckets is None:
+                bucket = _bucket(hashed.unflatten(2, chunked))
+            else:
+                bucket = _bucket(buckets.sums(hashed)).gather(-1, buckets.bucket)
+            buckets = _Buckets(bucket, seen, size)
+        assert buckets is not None
+        ones = torch.ones((), dtype=wide, device=key.device)
+        count = buckets.sums(ones.expand(*key.shape[:3], 1))
         key, value = (
-            (share @ x.unflatten(2, chunked) / count.clamp(min=1).to(dtype)).flatten(2, 3)
+            (buckets.sums(x) / count.clamp(min=1).to(dtype)).flatten(2, 3)
             for x in (tokens.key, tokens.value)
         )
         positions = None
         if inputs.with_positions:
-            place = torch.arange(geometry.chunk, device=key.device)
-            start = geometry.chunk * torch.arange(count.shape[2], device=key.device)[:, None]
-            mean = (members @ place.to(wide)) // count.squeeze(-1).clamp(min=1)
+            place = torch.arange(seen.shape[2] * geometry.chunk, device=key.device).unsqueeze(-1)
+            start = geometry.chunk * torch.arange(seen.shape[2], device=key.device)[:, None]
+            within = (place % geometry.chunk).to(wide).expand(*key.shape[:2], -1, -1)
+            mean = (buckets.sums(within) // count.clamp(min=1)).squeeze(-1)
             positions = (mean.long() + start).flatten(2)
-    return Keys(key, value, (count > 0).flatten(2), positions)
+    return Keys(key, value, (count.squeeze(-1) > 0).flatten(2), positions)
+
+
+class _Buckets(NamedTuple):
+    """Which of ``size`` buckets each token falls into, ``bucket`` (B, H, chunks, chunk).
+
+    ``seen`` (B, 1, chunks, chunk): a token that is not seen is in none.
+    """
+
+    bucket: Tensor
+    seen: Tensor
+    size: int
+
+    def sums(self, x: Tensor) -> Tensor:
+        """The sums of ``x`` (B, H, T, n) in each bucket, (B, H, chunks, size, n)."""
+        adds_rows = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        return self._added(x) if adds_rows else self._members(x.dtype) @ self._in_chunks(x)
+
+    def _in_chunks(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, self.bucket.shape[2:])
+
+    def _added(self, x: Tensor) -> Tensor:
+        """Row by row, in the order of memory: few numbers are touched, where a product multiplies zeros."""
+        *chunks, width = *self.bucket.shape[:3], x.shape[3]
+        first = (self.size + 1) * torch.arange(self.bucket[..., 0].numel()).view(*chunks, 1)
+        row = first + self.bucket.where(self.seen, self.size)  # a bucket more, for what is not seen
+        out = x.new_zeros(self.bucket[..., 0].numel() * (self.size + 1), width)
+        rows = row.flatten(2).transpose(1, 2).flatten()
+        out.index_add_(0, rows, x.transpose(1, 2).flatten(0, 2))
+        return out.view(*chunks, self.size + 1, width)[..., : self.size, :]
+
+    def _members(self, dtype: torch.dtype) -> Tensor:
+        """(B, H, chunks, size, chunk): 1 where a token is in a bucket."""
+        seen = self.seen.to(dtype).expand(self.bucket.shape)
+        # written where the ones stand: made of booleans it would take longer than all the rest
+        members = seen.new_zeros(*seen.shape[:-1], self.size, seen.shape[-1])
+        return members.scatter_(-2, self.bucket.unsqueeze(-2), seen.unsqueeze(-2))
 
 
 SELECTIONS: dict[str, Callable[[SelectionInputs], Keys]] = {
