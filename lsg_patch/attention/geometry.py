@@ -54,6 +54,11 @@ class Run(NamedTuple):
         own: Tensor = x[:, :, start : start + self.blocks * self.queries]
         return own.view(*x.shape[:2], self.blocks, self.queries, *x.shape[3:])
 
+    def span(self, window: Window) -> range:
+        """The keys that its blocks see through ``window``, one or another."""
+        start = window.start + window.stride * self.first
+        return range(start, start + window.stride * (self.blocks - 1) + window.size)
+
 
 @dataclass(frozen=True)
 class Geometry:

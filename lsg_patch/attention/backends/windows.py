@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -66,11 +67,28 @@ def unfolded(blocks: Blocks, run: Run, name: str) -> list[Tensor]:
 
 def runs(blocks: Blocks) -> Iterator[tuple[Run, Windows, Tensor | None]]:
     """Blocks whose windows are cut off alike, what they see, and its ``padding`` if there is any."""
-    sides = (blocks.global_keys, blocks.sparse, blocks.tokens)
-    is_padded = not all(keys is None or bool(keys.mask.all()) for keys in sides)
+    of_globals, of_sparse, of_tokens = (
+        _hidden(keys) for keys in (blocks.global_keys, blocks.sparse, blocks.tokens)
+    )
     for run in blocks.geometry.runs(blocks.query.shape[2], blocks.num_sparse):
-        mask = padding(blocks, run) if is_padded else None
-        yield run, windows(blocks, run), mask if mask is not None and bool(mask.any()) else None
+        spans = [(of_sparse, window) for window in run.sparse] + [(of_tokens, run.local)]
+        is_padded = bool(of_globals) or any(_is_any_in(run.span(w), at) for at, w in spans)
+        yield run, windows(blocks, run), padding(blocks, run) if is_padded else None
+
+
+def _hidden(keys: Keys | None) -> list[int]:
+    """Where keys are that some row or head does not see, in order."""
+    if keys is None or bool(keys.mask.all()):
+        return []
+    seen = keys.mask.flatten(0, 1).all(0)
+    found: list[int] = seen.logical_not().nonzero().flatten().tolist()
+    return found
+
+
+def _is_any_in(span: range, places: list[int]) -> bool:
+    """Whether one of the ``places``, which are in order, is in ``span``."""
+    next_one = bisect_left(places, span.start)
+    return next_one < len(places) and places[next_one] < span.stop
 
 
 def places(blocks: Blocks, run: Run) -> tuple[list[Tensor], BlockBias | None]:
