@@ -174,11 +174,11 @@ class _Buckets(NamedTuple):
 
     def sums(self, x: Tensor) -> Tensor:
         """The sums of ``x`` (B, H, T, n) in each bucket, (B, H, chunks, size, n)."""
-        adds_rows = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        return self._added(x) if adds_rows else self._members(x.dtype) @ self._in_chunks(x)
-
-    def _in_chunks(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, self.bucket.shape[2:])
+        # half precision is added up wider by a product alone, which a GPU is made for as well
+        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+            return self._added(x)
+        chunks: Tensor = x.unflatten(2, tuple(self.bucket.shape[2:]))
+        return self._members(x.dtype) @ chunks
 
     def _added(self, x: Tensor) -> Tensor:
         """Row by row, in the order of memory: few numbers are touched, where a product multiplies zeros."""

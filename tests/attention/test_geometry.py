@@ -87,4 +87,11 @@ def test_runs_are_the_blocks_with_windows_cut_off_at_the_ends(
             assert [seen(w, block, num_sparse) for w in run.sparse] == [w for w in whole if w]
             local = seen(geometry.local_window, block, length)
             assert seen(run.local, block, length) == local
+        for cut in (run.local, *run.sparse):
+            all_seen = [
+                key
+                for block in range(run.first, next_block)
+                for key in seen(cut, block, length + num_sparse)
+            ]
+            assert run.span(cut) == range(min(all_seen), max(all_seen) + 1)
     assert next_block == geometry.num_blocks(length) and queries == length

@@ -1,0 +1,24 @@
+"""Parts of the selections: all of them against the oracle stand in ``test_functional.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lsg_patch.attention.sparsity import _Buckets
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_sums_of_buckets_are_of_the_seen_tokens_in_them(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    batch, heads, chunks, chunk, size, width = 2, 3, 2, 8, 5, 4
+    bucket = torch.randint(size, (batch, heads, chunks, chunk))
+    seen = torch.rand(batch, 1, chunks, chunk) < 0.7
+    # whole numbers, whose sums are exact in every dtype, laid out as projections are
+    x = torch.randint(-9, 9, (batch, chunks * chunk, heads, width)).to(dtype).transpose(1, 2)
+    found = _Buckets(bucket, seen, size).sums(x)
+    expected = torch.zeros(batch, heads, chunks, size, width, dtype=dtype)
+    for b, h, c, t in torch.cartesian_prod(*map(torch.arange, bucket.shape)).tolist():
+        if seen[b, 0, c, t]:
+            expected[b, h, c, bucket[b, h, c, t]] += x[b, h, c * chunk + t]
+    assert torch.equal(found, expected)
