@@ -29,10 +29,10 @@ class Window:
         first = (key - self.start - self.size).div(self.stride, rounding_mode="floor") + 1
         return first, (key - self.start).div(self.stride, rounding_mode="floor")
 
-    def clipped(self, block: int, length: int) -> Window:
-        """What block ``block`` sees of it among ``length`` keys."""
+    def clipped(self, block: int, length: int, first: int = 0) -> Window:
+        """What block ``block`` sees of it among ``length`` keys, from key ``first`` on."""
         offset = block * self.stride
-        begin = max(0, offset + self.start)
+        begin = max(first, offset + self.start)
         end = min(length, offset + self.start + self.size)
         if end <= begin:
             return Window(0, 0, self.stride)
@@ -154,19 +154,20 @@ class Geometry:
         blocks = self.num_blocks(length)
         return Run(0, blocks, self.block_size, self.local_window, self.sparse_windows)
 
-    def runs(self, length: int, num_sparse: int) -> tuple[Run, ...]:
+    def runs(self, length: int, num_sparse: int, first: int = 0) -> tuple[Run, ...]:
         """The blocks of ``length`` tokens with windows that are cut off at the ends: neighbours
-        with windows of one size together.
+        with windows of one size together. Tokens before ``first``, which is in the first block,
+        are in no window.
         """
-        return _runs(self, length, num_sparse)
+        return _runs(self, length, num_sparse, first)
 
 
 @lru_cache(maxsize=256)
-def _runs(geometry: Geometry, length: int, num_sparse: int) -> tuple[Run, ...]:
+def _runs(geometry: Geometry, length: int, num_sparse: int, first: int) -> tuple[Run, ...]:
     def shape(block: int) -> tuple[int, Window, tuple[Window, ...]]:
         queries = min(geometry.block_size, length - block * geometry.block_size)
         sparse = (window.clipped(block, num_sparse) for window in geometry.sparse_windows)
-        local = geometry.local_window.clipped(block, length)
+        local = geometry.local_window.clipped(block, length, first)
         return queries, local, tuple(window for window in sparse if window.size)
 
     alike = [

@@ -33,12 +33,12 @@ def additive(mask: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Te
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, penalty)
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (B, H, n) of ``x`` (B, H, T, D), as (B, H, n, D)."""
-    batch, heads, length, width = x.shape
+def take_rows(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rows ``index`` (B, H, n) of each of the ``tensors`` (B, H, T, D), as (B, H, n, D)."""
+    batch, heads, length, width = tensors[0].shape
+    b = torch.arange(batch, device=index.device)[:, None, None]
+    h = torch.arange(heads, device=index.device)[:, None]
+    flat = ((b * length + index) * heads + h).flatten()
     # projections come as (B, T, H, D) in memory, where this reshape is free and a row one copy
-    rows = x.transpose(1, 2).reshape(-1, width)
-    b = torch.arange(batch, device=x.device)[:, None, None]
-    h = torch.arange(heads, device=x.device)[:, None]
-    flat = (b * length + index) * heads + h
-    return rows.index_select(0, flat.flatten()).view(*flat.shape, width)
+    rows = (x.transpose(1, 2).reshape(-1, width) for x in tensors)
+    return tuple(x.index_select(0, flat).view(*index.shape, width) for x in rows)

@@ -256,7 +256,7 @@ def _pool(tokens: Keys, weights: Tensor, seen: Tensor) -> Keys:
         factor = weights.shape[-1]
         total = x[:, :, ::factor] * weights[..., :1]
         for i in range(1, factor):
-            total = torch.addcmul(total, x[:, :, i::factor], weights[..., i : i + 1])
+            total.addcmul_(x[:, :, i::factor], weights[..., i : i + 1])
         return total
 
     return Keys(pooled(tokens.key), pooled(tokens.value), seen.any(-1))
@@ -266,4 +266,5 @@ def _take(inputs: SelectionInputs, index: Tensor) -> Keys:
     tokens = inputs.tokens
     mask = tokens.mask.expand(-1, tokens.key.shape[1], -1).gather(2, index)
     positions = index if inputs.with_positions else None
-    return Keys(take_rows(tokens.key, index), take_rows(tokens.value, index), mask, positions)
+    key, value = take_rows(index, tokens.key, tokens.value)
+    return Keys(key, value, mask, positions)

@@ -63,19 +63,20 @@ def test_unfolded_windows_hold_what_their_ranges_say(
             assert view[0, j, :, 0].tolist() == want
 
 
-@given(geometries(), st.integers(1, 150))
+@given(geometries(), st.integers(1, 150), st.integers(0, 150))
 def test_runs_are_the_blocks_with_windows_cut_off_at_the_ends(
-    geometry: Geometry, length: int
+    geometry: Geometry, length: int, first: int
 ) -> None:
     """Every query in one run, which sees of each window the keys there are, in the same order."""
     num_sparse = geometry.num_blocks(length) * geometry.step
+    first %= min(geometry.block_size, length)
 
-    def seen(window: Window, block: int, among: int) -> list[int]:
+    def seen(window: Window, block: int, among: int, first: int = 0) -> list[int]:
         start = block * window.stride + window.start
-        return [i for i in range(start, start + window.size) if 0 <= i < among]
+        return [i for i in range(start, start + window.size) if first <= i < among]
 
     next_block = queries = 0
-    for run in geometry.runs(length, num_sparse):
+    for run in geometry.runs(length, num_sparse, first):
         assert run.first == next_block
         next_block += run.blocks
         queries += run.blocks * run.queries
@@ -85,7 +86,7 @@ def test_runs_are_the_blocks_with_windows_cut_off_at_the_ends(
                 assert cut.size == len(seen(cut, block, length + num_sparse)) and start >= 0
             whole = [seen(window, block, num_sparse) for window in geometry.sparse_windows]
             assert [seen(w, block, num_sparse) for w in run.sparse] == [w for w in whole if w]
-            local = seen(geometry.local_window, block, length)
+            local = seen(geometry.local_window, block, length, first)
             assert seen(run.local, block, length) == local
         for cut in (run.local, *run.sparse):
             all_seen = [

@@ -38,7 +38,7 @@ def padding(length: int) -> Tensor:
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of two blocks, so that there are several in a sequence this short."""
-    of_block = 17 * (4 + 2 * 4) * 8
+    of_block = 24 * (4 + 2 * 4) * 8  # 17 keys in whole cache lines
     monkeypatch.setattr(work, "CACHE_BYTES", 2 * of_block // torch.get_num_threads())
 
 
@@ -98,6 +98,26 @@ def dropped(rate: float, seed: int, length: int = 512) -> Tensor:
     settings = {**SETTINGS, "block_size": 64, "sparse_block_size": 64}
     out = lsg_attention(query, 0 * ones, ones, dropout_p=rate, sparsity_type="stride", **settings)
     return out[:, :, 1:]  # the global token's row is not computed block by block
+
+
+def test_what_memory_held_is_of_no_effect_on_gradients() -> None:
+    """Rows of scores are filled up to whole cache lines; here most rows see nothing at all."""
+    mask = torch.zeros(2, 30, dtype=torch.bool)
+    mask[0, 7] = True
+
+    def gradients() -> tuple[Tensor, ...]:
+        tensors = inputs(1 + 30)
+        out = lsg_attention(*tensors, mask, **SETTINGS)
+        return torch.autograd.grad(out.sum(), tensors)
+
+    expected = gradients()
+    held = [x for memory in work._idle for x in memory._memory.values()]
+    assert held
+    for x in held:
+        x.fill_(torch.nan)
+    for actual, gradient in zip(gradients(), expected, strict=True):
+        assert torch.equal(actual, gradient)
+    assert all(bool(x.isfinite().all()) for x in expected)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])

@@ -93,11 +93,13 @@ class Workspace:
             self._memory[role, dtype] = memory
         return memory[:size].view(shape)
 
-    def gather(self, role: str, parts: list[Tensor]) -> Tensor:
-        """The ``parts`` (heads, blocks, size, D) side by side: (heads, blocks, keys, D)."""
+    def gather(self, role: str, parts: list[Tensor], keys: int) -> Tensor:
+        """The ``parts`` (heads, blocks, size, D) side by side, then zeros: (heads, blocks, keys, D)."""
         heads, blocks, _, width = parts[0].shape
-        out = self.of(role, parts[0], heads, blocks, sum(x.shape[2] for x in parts), width)
-        return torch.cat(parts, dim=2, out=out)
+        missing = keys - sum(x.shape[2] for x in parts)
+        if missing:
+            parts = [*parts, parts[0].new_zeros(()).expand(heads, blocks, missing, width)]
+        return torch.cat(parts, dim=2, out=self.of(role, parts[0], heads, blocks, keys, width))
 
     def shrink(self) -> None:
         """Gives up what is too large to be kept."""

@@ -6,6 +6,7 @@ No score is kept for a backward, each piece is computed again there. Source: Dao
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from lsg_patch.attention.keys import Keys
 
 # half precision would lose what the sums are made of
 DTYPES = (torch.float32, torch.float64)
+# rows of scores begin at whole cache lines: a product of 641 keys takes longer than one of 656
+LINE_BYTES = 64
 
 
 def can_run(blocks: Blocks) -> bool:
@@ -145,7 +148,7 @@ class _Step(NamedTuple):
 
     Attributes:
         query: (N, b, D).
-        key: (N, keys, D).
+        key: (N, keys, D), those that are seen before zeros that fill up a cache line of scores.
         scale: of the scores.
         kept: (N, b, keys), 1 for a probability that dropout keeps and 0 for others; None: no dropout.
         rescale: what the kept ones are multiplied with.
@@ -177,22 +180,26 @@ class _Step(NamedTuple):
         query, key = self.query, self.key
         out = self.memory.of("scores", query, *query.shape[:2], key.shape[1])
         torch.baddbmm(out, query, key.mT, beta=0, alpha=self.scale, out=out)
+        size = self.seen.size
         if self.mask is not None:
-            out.view(*self.shape, -1).add_(self.mask)
+            out.view(*self.shape, -1)[..., :size].add_(self.mask)
         if self.causal is not None:
-            out.add_(self.causal)
+            out[..., :size].add_(self.causal)
+        out[..., size:].fill_(-math.inf)
         return torch.softmax(out, dim=-1, out=out)
 
     def values(self) -> Tensor:
         """(N, keys, D)."""
-        return self.memory.gather("values", self.seen.value(self.piece)).flatten(0, 1)
+        parts = self.seen.value(self.piece)
+        return self.memory.gather("values", parts, self.key.shape[1]).flatten(0, 1)
 
     def value_parts(self) -> list[Tensor]:
         """The same in parts (N, n, D): those of the tokens, which are most, where they are."""
         *others, tokens = self.seen.value(self.piece)
         if 1 not in self.piece.shape:
             return [self.values()]  # windows that move with the head and the block are no one batch
-        parts = (self.memory.gather("values", others), tokens)
+        size = self.seen.size - tokens.shape[2]
+        parts = (self.memory.gather("values", others, size), tokens)
         return [x.flatten(0, 1) for x in parts if x.shape[2]]
 
 
@@ -202,19 +209,19 @@ def _steps(blocks: Blocks, seed: int) -> Iterator[_Step]:
     dropout = _Dropout(blocks.dropout_p, seed)
     with workspace() as memory:
         for run, seen, mask in runs(blocks):
-            before = causal(run.queries, seen.size, query) if blocks.geometry.is_causal else None
-            asking = run.of(query)
-            for piece in pieces(query, run, seen.size):
+            before = causal(run, seen.size, query) if blocks.geometry.is_causal else None
+            asking, keys = run.of(query), _whole_lines(seen.size, query)
+            for piece in pieces(query, run, keys):
                 some, kept = asking[piece].flatten(0, 1), None
                 if dropout.rate:
-                    kept = memory.of("kept", some, *some.shape[:2], seen.size)
+                    kept = memory.of("kept", some, *some.shape[:2], keys)
                     dropout.draw(kept)
                 yield _Step(
                     run,
                     piece,
                     seen,
                     some,
-                    memory.gather("keys", seen.key(piece)).flatten(0, 1),
+                    memory.gather("keys", seen.key(piece), keys).flatten(0, 1),
                     blocks.scale,
                     None if mask is None else piece.of(mask),
                     before,
@@ -222,6 +229,12 @@ def _steps(blocks: Blocks, seed: int) -> Iterator[_Step]:
                     dropout.rescale,
                     memory,
                 )
+
+
+def _whole_lines(size: int, like: Tensor) -> int:
+    """``size`` numbers rounded up to whole cache lines of them."""
+    of_line = LINE_BYTES // like.element_size()
+    return -(-size // of_line) * of_line
 
 
 class _Dropout:

@@ -40,7 +40,7 @@ def _at_once(blocks: Blocks) -> Tensor:
         added = added + _bias_of(at, rows)
     added = added.expand(-1, heads, -1, -1, -1).flatten(0, 1)
     if geometry.is_causal:
-        added = added + causal(run.queries, key.shape[3], query)
+        added = added + causal(run, key.shape[3], query)
     flat = F.scaled_dot_product_attention(
         query.flatten(0, 1),
         key.flatten(0, 1),
@@ -62,7 +62,7 @@ def _in_pieces(blocks: Blocks) -> Tensor:
         for run, seen, mask in runs(blocks):
             at, rows = places(blocks, run)
             asking, answers = run.of(query), run.of(out[:, :, front:])
-            before = causal(run.queries, seen.size, query) if geometry.is_causal else None
+            before = causal(run, seen.size, query) if geometry.is_causal else None
             for piece in pieces(query, run, seen.size):
                 added = None if mask is None else piece.of(mask)
                 if rows is not None:
@@ -70,8 +70,8 @@ def _in_pieces(blocks: Blocks) -> Tensor:
                     added = _sum(added, _bias_of([piece.of(x) for x in at], of_heads))
                 answers[piece] = F.scaled_dot_product_attention(
                     asking[piece],
-                    memory.gather("keys", seen.key(piece)),
-                    memory.gather("values", seen.value(piece)),
+                    memory.gather("keys", seen.key(piece), seen.size),
+                    memory.gather("values", seen.value(piece), seen.size),
                     attn_mask=_sum(added, before),
                     dropout_p=blocks.dropout_p,
                     scale=blocks.scale,

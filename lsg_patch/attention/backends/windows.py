@@ -70,7 +70,10 @@ def runs(blocks: Blocks) -> Iterator[tuple[Run, Windows, Tensor | None]]:
     of_globals, of_sparse, of_tokens = (
         _hidden(keys) for keys in (blocks.global_keys, blocks.sparse, blocks.tokens)
     )
-    for run in blocks.geometry.runs(blocks.query.shape[2], blocks.num_sparse):
+    geometry, first = blocks.geometry, 0
+    if of_tokens:  # most often the one token that a global token replaces
+        first = _seen_by_none(blocks.tokens.mask[:, :, : geometry.block_size - 1])
+    for run in geometry.runs(blocks.query.shape[2], blocks.num_sparse, first):
         spans = [(of_sparse, window) for window in run.sparse] + [(of_tokens, run.local)]
         is_padded = bool(of_globals) or any(_is_any_in(run.span(w), at) for at, w in spans)
         yield run, windows(blocks, run), padding(blocks, run) if is_padded else None
@@ -83,6 +86,12 @@ def _hidden(keys: Keys | None) -> list[int]:
     seen = keys.mask.flatten(0, 1).all(0)
     found: list[int] = seen.logical_not().nonzero().flatten().tolist()
     return found
+
+
+def _seen_by_none(mask: Tensor) -> int:
+    """Tokens of ``mask`` (B, 1, n) before the first one that is seen in some row."""
+    seen: list[bool] = mask.flatten(0, 1).any(0).tolist()
+    return [*seen, True].index(True)
 
 
 def _is_any_in(span: range, places: list[int]) -> bool:
@@ -116,7 +125,9 @@ def places(blocks: Blocks, run: Run) -> tuple[list[Tensor], BlockBias | None]:
     return [*found, token[None, None, None]], bias.of_blocks(run.queries)
 
 
-def causal(rows: int, columns: int, like: Tensor) -> Tensor:
+def causal(run: Run, columns: int, like: Tensor) -> Tensor:
     """What keeps queries from the keys after them in their own block, whose keys come last."""
-    seen = torch.ones(rows, columns, dtype=torch.bool, device=like.device)
-    return additive(seen.tril(columns - rows), like.dtype)
+    seen = torch.ones(run.queries, columns, dtype=torch.bool, device=like.device)
+    own = min(run.queries, run.local.size)
+    seen[:, columns - own :].tril_(own - run.queries)
+    return additive(seen, like.dtype)
