@@ -177,7 +177,8 @@ def test_growth_has_as_many_tokens_on_both_sides(tmp_path: Path) -> None:
     ]
     short, long = cases["512 to 2048 tokens, norm, memory"]
     assert long["ratio"]["median"] == long["value"]["median"] / short["value"]["median"] / 4
-    assert 0.6 < long["ratio"]["median"] < 1.1  # 4 if it were quadratic
+    # 4 if it were quadratic; less than 1 since a workspace is as large for the short one
+    assert 0.4 < long["ratio"]["median"] < 1.1
 
 
 def test_ragged_batches_hold_the_tokens_of_their_texts(
