@@ -258,6 +258,8 @@ def enter(
     So are the ``rotation`` of its rows, (1 or B, g + T0, head size / 2) each, and the positions of
     the ``bias``, (1 or B, g + T0).
     """
+    if mask is not None and _known_to_be_true(mask):
+        mask = None
     packing = packing_of(mask, config)
     if packing is not None:
         return _enter_packed(hidden, packing, rotation, bias)
@@ -265,14 +267,18 @@ def enter(
     length = hidden.shape[1] - num_global
     placement = place(mask, length, config, hidden.device)
     layout = _layout(mask, length, config, placement, pool)
-    missing = placement.tokens.shape[1] - length
-    globals_ = torch.arange(num_global, device=hidden.device).expand(len(placement.tokens), -1)
-    rows = torch.cat([globals_, num_global + placement.tokens], dim=1)
 
     def laid_out(x: Tensor) -> Tensor:
-        if not placement.turned and missing >= 0:
-            return F.pad(x, (0, 0, 0, missing)) if missing else x
-        return _take_rows(x if len(rows) == 1 else x.expand(len(rows), -1, -1), rows)
+        """Of (1 or B, g + T0, n): (1 or B, g + T, n)."""
+        tokens = placement.tokens
+        if placement.turned:
+            globals_ = torch.arange(num_global, device=x.device).expand(len(tokens), -1)
+            rows = torch.cat([globals_, num_global + tokens], dim=1)
+            return _take_rows(x if len(rows) == 1 else x.expand(len(rows), -1, -1), rows)
+        if placement.stood_in:
+            x = torch.cat([x[:, :num_global], x[:, num_global + placement.stood_in :]], dim=1)
+        missing = num_global + tokens.shape[1] - x.shape[1]
+        return F.pad(x, (0, 0, 0, missing)) if missing else x
 
     if rotation is not None:
         layout = layout._replace(rotation=(laid_out(rotation[0]), laid_out(rotation[1])))

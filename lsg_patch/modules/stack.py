@@ -228,7 +228,11 @@ class EnterStack:
                 f"tokens: {self.config.num_global_tokens} more are needed, the global tokens that the "
                 "patched embeddings give. Call the whole model, or unpatch it"
             )
-        tokens = torch.arange(length, device=hidden.device)[None]
+
+        def positions() -> Tensor:
+            tokens = torch.arange(length, device=hidden.device)[None]
+            return with_globals_in_front(tokens, mask, self.of_globals)
+
         rotation = bias = None
         if self.rotary is not None:
             given = self.rotation.get(args, kwargs)
@@ -236,11 +240,9 @@ class EnterStack:
                 cos, sin = (part[..., : part.shape[-1] // 2] for part in given)
                 rotation = cos, sin
             else:
-                positions = with_globals_in_front(tokens, mask, self.of_globals)
-                rotation = self.rotary.rotation(stack, positions)
+                rotation = self.rotary.rotation(stack, positions())
         if self.relative_bias is not None:
-            positions = with_globals_in_front(tokens, mask, self.of_globals)
-            bias = RelativeBias(self.relative_bias(stack), positions)
+            bias = RelativeBias(self.relative_bias(stack), positions())
         hidden, layout = enter(hidden, mask, self.config, rotation, bias)
         args, kwargs = self.hidden.put(hidden, args, kwargs)
         return self.mask.put(layout, args, kwargs)
