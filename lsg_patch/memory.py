@@ -101,7 +101,7 @@ def _storages(tree: Any) -> Iterator[tuple[torch.Tensor, torch.UntypedStorage]]:
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             try:
                 yield leaf, leaf.untyped_storage()
-            except (NotImplementedError, RuntimeError):  # a wrapper tensor has none
+            except (NotImplementedError, RuntimeError):  # a wrapper tensor has no storage to count
                 continue
 
 
