@@ -9,7 +9,6 @@ from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family
 from lsg_patch.modules import causal, encoder, stack
 from lsg_patch.modules.arguments import Argument
-from lsg_patch.modules.swapped import journals_of
 from lsg_patch.plan import Plan
 from lsg_patch.undo import Journal
 
@@ -189,8 +188,7 @@ def _hook_encoder(
         mask = Argument.of(of_module, *compat.MASK_NAMES)
         handed_on = Argument.of(of_module, carrier.layer_argument)
         give = encoder.GiveLayout(config, carrier, handed_on, mask)
-        own = journals_of(module)[0]
-        own.add_hook(module.register_forward_pre_hook(give, with_kwargs=True))
+        journal.of(module).add_hook(module.register_forward_pre_hook(give, with_kwargs=True))
     # before other hooks on the outputs, which then see what the unpatched model gives
     leave = encoder.LeaveEncoder(config, carrier, carried, attentions, len(plan.attentions))
     journal.add_hook(plan.stack.register_forward_hook(leave, with_kwargs=True, prepend=True))
