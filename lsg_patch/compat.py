@@ -92,20 +92,6 @@ def arguments_by_row(stack: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in forward_parameters(stack)[1:] if name not in known)
 
 
-def takes_embeds_as_embedded(base: nn.Module) -> bool:
-    """Whether a base model takes given embeddings for the output of its embeddings (ESM, 4.56).
-
-    Its forward then names that output as they are named. Others hand them to their embeddings.
-    """
-    for cls in type(base).__mro__:
-        if "forward" in vars(cls):
-            code = dis.get_instructions(inspect.unwrap(vars(cls)["forward"]))
-            stored = [str(made.argval) for made in code if made.opname.startswith("STORE_FAST")]
-            # two stores may be one instruction (Python 3.13)
-            return any("inputs_embeds" in names for names in stored)
-    return False
-
-
 def attention_outputs(attention: nn.Module) -> int:
     """How many values a self-attention module must return: the states, the maps, perhaps a cache.
 

@@ -7,6 +7,7 @@ from torch import nn
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family
+from lsg_patch.families.base import unscaled
 from lsg_patch.modules import causal, encoder, stack
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.swapped import journals_of
@@ -29,14 +30,15 @@ def _hook_stack(
 ) -> None:
     for name in family.methods_left_out:
         journal.set_attribute(plan.stack, name, stack.leave_out)
-    enter_model = _check_of(base, config)
+    enter_model = _check_of(base, family, plan, config)
     journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
     _hook_positions(base, plan, journal)
-    _hook_embeddings(base, family, plan, journal)
+    prepend = _hook_embeddings(base, family, plan, journal)
     of_stack = compat.forward_parameters(plan.stack)
     stack_mask = Argument.of(of_stack, *compat.MASK_NAMES)
     enter_stack = stack.EnterStack(
         config,
+        prepend,
         Argument.of(of_stack, of_stack[0]),
         stack_mask,
         Argument.of(of_stack, compat.ROTATION),
@@ -56,10 +58,14 @@ def _hook_stack(
         journal.add_hook(base.register_forward_hook(after_model, with_kwargs=True, prepend=True))
 
 
-def _check_of(base: nn.Module, config: LSGConfig) -> stack.EnterModel:
-    """What happens before a base model that has its embeddings outside of its stack."""
-    parameters = compat.forward_parameters(base)
-    four_dimensions = compat.passes_masks_of_four_dimensions(base)
+def _check_of(owner: nn.Module, family: Family, plan: Plan, config: LSGConfig) -> stack.EnterModel:
+    """What happens before the ``owner`` of the embeddings, the base model or its stack."""
+    parameters = compat.forward_parameters(owner)
+    inside = family.embeds_in_stack
+    first_word = None
+    if plan.bos_id is not None and config.mask_first_token:
+        words = family.words if inside else f"{family.embeddings}.{family.words}"
+        first_word = stack.FirstWord(words, plan.bos_id)
     return stack.EnterModel(
         config,
         ids=Argument.of(parameters, "input_ids"),
@@ -68,9 +74,10 @@ def _check_of(base: nn.Module, config: LSGConfig) -> stack.EnterModel:
         positions=Argument.of(parameters, "position_ids"),
         head_mask=Argument.of(parameters, "head_mask"),
         wants_attentions=Argument.of(parameters, "output_attentions"),
-        four_dimensions=four_dimensions,
-        needs_head_mask=compat.expands_masks_without_head_mask(base),
-        needs_mask=compat.takes_embeds_as_embedded(base) and not four_dimensions,
+        four_dimensions=not inside and compat.passes_masks_of_four_dimensions(owner),
+        needs_head_mask=not inside and compat.expands_masks_without_head_mask(owner),
+        cache=Argument.of(parameters, "past_key_values"),
+        first_word=first_word,
     )
 
 
@@ -94,35 +101,36 @@ def _hook_positions(base: nn.Module, plan: Plan, journal: Journal) -> None:
         journal.add_hook(plan.positions.register_forward_pre_hook(one))
 
 
-def _hook_embeddings(base: nn.Module, family: Family, plan: Plan, journal: Journal) -> None:
-    """Global tokens in front of embedded ones, wherever these come from."""
+def _hook_embeddings(
+    base: nn.Module, family: Family, plan: Plan, journal: Journal
+) -> stack.PrependGlobals | None:
+    """Notes for the stack on what is embedded; gives what puts the global tokens in front there."""
     parameters = compat.forward_parameters(plan.embeddings)
     mask = Argument.of(parameters, *compat.MASK_NAMES)
     if mask.position is not None:
         compact = stack.CompactMask(mask)
         journal.add_hook(plan.embeddings.register_forward_pre_hook(compact, with_kwargs=True))
     if plan.global_rows is None:
-        return
-    prepend = stack.PrependGlobals(
+        return None
+    journal.set_attribute(plan.stack, "lsg_base", stack.BaseOf(base))
+    journal.add_hook(base.register_forward_pre_hook(stack.LinkStack(family.stack)))
+    if family.word_scale is not unscaled:
+        note = stack.NoteWordScale(Argument.of(parameters, "input_ids"), mask, family.word_scale)
+        handle = plan.embeddings.register_forward_hook(note, with_kwargs=True, prepend=True)
+        journal.add_hook(handle)
+    return stack.PrependGlobals(
+        family.embeddings,
         family.global_path,
-        Argument.of(parameters, "input_ids"),
-        mask,
-        family.word_scale,
+        family.projection,
         positions=family.positions if plan.rotary is None else None,
         places=tuple(plan.offset + position for position in plan.global_positions),
     )
-    handle = plan.embeddings.register_forward_hook(prepend, with_kwargs=True, prepend=True)
-    journal.add_hook(handle)
-    if compat.takes_embeds_as_embedded(base):
-        embeds = Argument.of(compat.forward_parameters(base), "inputs_embeds")
-        to_given = stack.PrependToGiven(prepend, family.embeddings, embeds)
-        journal.add_hook(base.register_forward_pre_hook(to_given, with_kwargs=True))
 
 
 def _hook_causal_stack(
     base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
 ) -> None:
-    check = _check_of(base, config)
+    check = _check_of(base, family, plan, config)
     carrier = compat.CausalMaskCarrier.of(base, plan.num_layers)
     of_base = compat.forward_parameters(base)
     enter_model = causal.EnterCausalModel(
@@ -135,11 +143,12 @@ def _hook_causal_stack(
     )
     journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
     _hook_positions(base, plan, journal)
-    _hook_embeddings(base, family, plan, journal)
+    prepend = _hook_embeddings(base, family, plan, journal)
     of_stack = compat.forward_parameters(plan.stack)
     mask = Argument.of(of_stack, *compat.MASK_NAMES)
     enter_stack = causal.EnterCausalStack(
         config,
+        prepend,
         carrier,
         hidden=Argument.of(of_stack, of_stack[0]),
         mask=mask,
@@ -161,18 +170,7 @@ def _hook_encoder(
     base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
 ) -> None:
     parameters = compat.forward_parameters(plan.stack)
-    attentions = Argument.of(parameters, "output_attentions")
-    check = stack.EnterModel(
-        config,
-        ids=Argument.of(parameters, "input_ids"),
-        embeds=Argument.of(parameters, "inputs_embeds"),
-        mask=Argument.of(parameters, *compat.MASK_NAMES),
-        positions=Argument.of(parameters, "position_ids"),
-        head_mask=Argument.of(parameters, "head_mask"),
-        wants_attentions=attentions,
-        four_dimensions=False,
-        needs_head_mask=False,
-    )
+    check = _check_of(plan.stack, family, plan, config)
     carrier = compat.MaskCarrier.of(plan.stack, len(plan.attentions))
     carried = Argument.of(parameters, carrier.argument)
     # an encoder that embeds its input has a table of positions
@@ -192,7 +190,9 @@ def _hook_encoder(
         own = journals_of(module)[0]
         own.add_hook(module.register_forward_pre_hook(give, with_kwargs=True))
     # before other hooks on the outputs, which then see what the unpatched model gives
-    leave = encoder.LeaveEncoder(config, carrier, carried, attentions, len(plan.attentions))
+    leave = encoder.LeaveEncoder(
+        config, carrier, carried, check.wants_attentions, len(plan.attentions)
+    )
     journal.add_hook(plan.stack.register_forward_hook(leave, with_kwargs=True, prepend=True))
     if plan.decoder is not None and config.pass_global_tokens_to_decoder:
         of_decoder = compat.forward_parameters(plan.decoder)

@@ -32,7 +32,8 @@ class Plan:
     the number of rows before that of position 0 in the table ``positions`` (None: there is no
     table), of which ``max_position_embeddings`` of the model's ``configs`` counts ``config_offset``;
     ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
-    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none; ``chunked`` are
+    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none, the first of which
+    is made of the token ``bos_id``; ``chunked`` are
     the modules that have a ``CHUNK``; ``layers`` are those of ``Family.layers``, ``row_wise`` those of
     ``Family.row_wise``; ``is_causal`` says that the model is a decoder; ``can_unpad`` that its layers
     can run on packed rows.
@@ -56,6 +57,7 @@ class Plan:
     decoder: nn.Module | None = None
     decoder_positions: nn.Embedding | None = None
     global_rows: Tensor | None = None
+    bos_id: int | None = None
     is_causal: bool = False
     can_unpad: bool = True
 
@@ -280,6 +282,7 @@ def _global_rows(
     by_mask_token = not config.random_global_init
     needs_mask = by_mask_token and config.num_global_tokens > 1
     bos_id, mask_id = find_token_ids(base.config, tokenizer, needs_mask)
+    plan.bos_id = bos_id
     added = None
     if plan.positions is not None and plan.rotary is None:
         added = plan.positions.weight.detach()[plan.offset :]

@@ -20,7 +20,7 @@ BERT = Family("bert", ("BertModel",))
 BERT_GENERATION = Family(
     "bert-generation", ("BertGenerationEncoder",), token_types=None, begins_with_cls=False
 )
-ELECTRA = Family("electra", ("ElectraModel",))
+ELECTRA = Family("electra", ("ElectraModel",), projection="embeddings_project")
 ERNIE = Family("ernie", ("ErnieModel",), first_token_extra=first_task)
 # its norms stand before each layer and after the last: none in the embeddings
 MEGATRON_BERT = Family("megatron-bert", ("MegatronBertModel",), global_path=("dropout",))

@@ -65,6 +65,7 @@ ESM = Family(
 ROFORMER = Family(
     "roformer",
     ("RoFormerModel",),
+    projection="embeddings_project",
     positions=None,
     computed_positions=sinusoids,
     rotary=Rotary(
