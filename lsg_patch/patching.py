@@ -15,7 +15,7 @@ from torch import nn
 
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
-from lsg_patch.families import Family, find_base
+from lsg_patch.families import FAMILIES, Family, find_base
 from lsg_patch.hooking import hook_edges
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.layer import swap_layer, swap_row_wise
@@ -246,13 +246,17 @@ def get_config(model: nn.Module) -> LSGConfig:
 def global_embeddings(model: nn.Module) -> nn.Parameter:
     """The trainable embeddings of the global tokens, (num_global_tokens, width).
 
+    Those that a forward takes: where a tool keeps several (PEFT's modules_to_save), the active ones.
+
     Raises:
         ValueError: ``model`` is not patched, or patched with ``num_global_tokens=0``.
     """
-    for module in _require_patched(model)[0].modules():
-        if isinstance(module, GlobalEmbeddings):
-            return module.weight
-    raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
+    base = _require_patched(model)[0]
+    embeddings = base.get_submodule(FAMILIES[vars(base)[PATCH].family].embeddings)
+    if not hasattr(embeddings, GLOBAL_EMBEDDINGS):
+        raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
+    rows: nn.Parameter = getattr(embeddings, GLOBAL_EMBEDDINGS).weight
+    return rows
 
 
 def _apply(

@@ -83,6 +83,7 @@ def test_a_copy_or_a_pickle_has_its_own_global_tokens() -> None:
     model, ids = patched_model(), ids_like(right_padded(60), "bert")
     expected = run(model, ids, None)["last_hidden_state"]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.encoder.lsg_base.base is other
         with torch.no_grad():
             lsg_patch.global_embeddings(other).mul_(torch.linspace(-2, 2, 32))
         assert (run(other, ids, None)["last_hidden_state"] - expected).abs().max() > 1e-2
