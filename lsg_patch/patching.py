@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lsg_patch.config import LSGConfig
-from lsg_patch.families import Family, find_base
+from lsg_patch.families import FAMILIES, Family, find_base
 from lsg_patch.hooking import hook_edges
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.layer import swap_layer, swap_row_wise
@@ -130,8 +130,8 @@ def patch_model(
     config = config.with_family_default(family.begins_with_cls)
     if any(True for _ in records_of(base)):
         raise ValueError(
-            f"{type(base).__name__} is patched already, or holds modules that are: unpatch_model(model) "
-            "first, then patch it anew"
+            f"{type(base).__name__}, or a module in it, is patched already: unpatch_model(model) first, "
+            "then patch it anew"
         )
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
@@ -253,14 +253,17 @@ def get_config(model: nn.Module) -> LSGConfig:
 def global_embeddings(model: nn.Module) -> nn.Parameter:
     """The trainable embeddings of the global tokens, (num_global_tokens, width).
 
+    Those that a forward takes: where a tool keeps several (PEFT's modules_to_save), the active ones.
+
     Raises:
         ValueError: ``model`` is not patched, or patched with ``num_global_tokens=0``.
     """
-    base, _ = _require_patched(model)[0]
-    for module in base.modules():
-        if isinstance(module, GlobalEmbeddings):
-            return module.weight
-    raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
+    base, patch = _require_patched(model)[0]
+    embeddings = base.get_submodule(FAMILIES[patch.family].embeddings)
+    if not hasattr(embeddings, GLOBAL_EMBEDDINGS):
+        raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
+    rows: nn.Parameter = getattr(embeddings, GLOBAL_EMBEDDINGS).weight
+    return rows
 
 
 def _apply(

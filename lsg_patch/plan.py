@@ -36,7 +36,8 @@ class Plan:
     the number of rows before that of position 0 in the table ``positions`` (None: there is no
     table), of which ``max_position_embeddings`` of the model's ``configs`` counts ``config_offset``;
     ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
-    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none; ``chunked`` are
+    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none, the first of which
+    is made of the token ``bos_id``; ``chunked`` are
     the modules that have a ``CHUNK``; ``tables`` are all tables of positions, those that share a
     weight together; ``layers`` are those of ``Family.layers``, ``row_wise`` those of
     ``Family.row_wise``; ``is_causal`` says that the model is a decoder; ``can_unpad`` that its layers
@@ -61,6 +62,7 @@ class Plan:
     decoder: nn.Module | None = None
     tables: list[list[nn.Embedding]] = field(default_factory=list)
     global_rows: Tensor | None = None
+    bos_id: int | None = None
     is_causal: bool = False
     can_unpad: bool = True
 
@@ -178,9 +180,7 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
     return Plan(
         attentions=attentions,
         layers=layers,
-        row_wise=[
-            module for layer in layers for module in _find_any(layer, family.row_wise)
-        ],
+        row_wise=[module for layer in layers for module in _find_any(layer, family.row_wise)],
         stack=stack,
         embeddings=embeddings,
         words=words,
@@ -222,7 +222,9 @@ def _find_any(root: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = next((vars(module)["_modules"][x] for x in WRAPPED if x in vars(module)["_modules"]), None)
+    inner = next(
+        (vars(module)["_modules"][x] for x in WRAPPED if x in vars(module)["_modules"]), None
+    )
     return module if inner is None else _unwrapped(inner)
 
 
@@ -284,7 +286,12 @@ def _looked_up(table: nn.Module, ids: list[int]) -> Tensor:
 
 
 # put around a model, these share out its parameters or split them, those that it has at the time
-_DISTRIBUTED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+_DISTRIBUTED = (
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "DeepSpeedEngine",
+)
 
 
 def _check_wrappers(model: nn.Module) -> None:
@@ -383,13 +390,15 @@ def _global_rows(
 ) -> Tensor:
     by_mask_token = not config.random_global_init
     needs_mask = by_mask_token and config.num_global_tokens > 1
-    bos_id, mask_id = find_token_ids(base.config, tokenizer, needs_mask)
+    config_of_model: Any = base.config
+    bos_id, mask_id = find_token_ids(config_of_model, tokenizer, needs_mask)
+    plan.bos_id = bos_id
     added = None
     if plan.positions is not None and plan.rotary is None:
         added = value_of(plan.positions).detach()[plan.offset :].to(device_of(plan.words))
     ids = [bos_id, *([] if mask_id is None else [mask_id])]
     if config.random_global_init:  # it asks for all of them, as they are numbered
-        ids = list(range(getattr(plan.words, "num_embeddings", base.config.vocab_size)))
+        ids = list(range(getattr(plan.words, "num_embeddings", config_of_model.vocab_size)))
     with torch.no_grad():
         words = _looked_up(plan.words, ids)
     scale = compat.scale_of_looked_up_words(plan.embeddings)

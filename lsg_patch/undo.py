@@ -7,9 +7,10 @@ therefore plain objects that refer to modules, never closures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -17,17 +18,19 @@ from torch.utils.hooks import RemovableHandle
 RECORD = "_lsg_record"
 
 
-class Change(Protocol):
+class Change(ABC):
     """Something done to a model that can be taken back."""
 
     def hindrance(self) -> str | None:
         """What keeps it from being taken back, and the mend, in words."""
+        return None
 
+    @abstractmethod
     def undo(self) -> None: ...
 
 
 @dataclass
-class Journal:
+class Journal(Change):
     """Changes of ``owner``, which carries them, and of what was changed with it, in order."""
 
     owner: nn.Module
@@ -84,8 +87,15 @@ class Journal:
         self.of(owner).record(ChildAdded(owner, name))
         owner.register_buffer(name, buffer, persistent=False)
 
-    def add_hook(self, handle: RemovableHandle) -> None:
-        self.record(HookAdded(handle))
+    def before(self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = True) -> None:
+        """Call ``hook`` before the forward of ``module``."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+        self.of(module).record(HookAdded(handle))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = True) -> None:
+        """Call ``hook`` after it, before others, which then see what the unpatched module gives."""
+        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs, prepend=True)
+        self.of(module).record(HookAdded(handle))
 
 
 def record_of(module: nn.Module) -> Journal | None:
@@ -102,14 +112,11 @@ def records_of(root: nn.Module) -> Iterator[tuple[str, Journal]]:
 
 
 @dataclass
-class AttributeSet:
+class AttributeSet(Change):
     owner: Any
     name: str
     existed: bool
     old: Any
-
-    def hindrance(self) -> None:
-        return None
 
     def undo(self) -> None:
         if self.existed:
@@ -119,14 +126,11 @@ class AttributeSet:
 
 
 @dataclass
-class ChildAdded:
+class ChildAdded(Change):
     """A module or a buffer; where somebody took it away there is nothing to do."""
 
     owner: nn.Module
     name: str
-
-    def hindrance(self) -> None:
-        return None
 
     def undo(self) -> None:
         if hasattr(self.owner, self.name):
@@ -134,11 +138,8 @@ class ChildAdded:
 
 
 @dataclass
-class HookAdded:
+class HookAdded(Change):
     handle: RemovableHandle
-
-    def hindrance(self) -> None:
-        return None
 
     def undo(self) -> None:
         self.handle.remove()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lsg_patch import offloading
-from lsg_patch.undo import Journal
+from lsg_patch.undo import Change, Journal
 
 
 def tiled(rows: Tensor, offset: int, length: int) -> Tensor:
@@ -82,7 +82,9 @@ def shared_with(tables: Sequence[nn.Embedding]) -> type[nn.Module] | None:
         return None
     # a module refers to its parameters itself (Python 3.13), or by its attributes
     owners = gc.get_referrers(*held)
-    attributes = [x for x in owners if type(x) is dict and any(x.get("_parameters") is y for y in held)]
+    attributes = [
+        x for x in owners if type(x) is dict and any(x.get("_parameters") is y for y in held)
+    ]
     owners += gc.get_referrers(*attributes) if attributes else []
     modules = (x for x in owners if issubclass(type(x), nn.Module))
     return next((type(x) for x in modules if any(x._parameters is y for y in held)), None)
@@ -124,7 +126,7 @@ def resize_buffers(owner: nn.Module, names: tuple[str, ...], rows: int, journal:
 
 
 @dataclass
-class PositionsResized:
+class PositionsResized(Change):
     """The old table comes back as the same parameter, moved and cast as the new one was.
 
     Its rows are the first ones of the new table, so a table that was trained while it was long comes
@@ -161,13 +163,10 @@ class PositionsResized:
 
 
 @dataclass
-class BufferResized:
+class BufferResized(Change):
     owner: nn.Module
     name: str
     old: Tensor
-
-    def hindrance(self) -> None:
-        return None
 
     def undo(self) -> None:
         now = getattr(self.owner, self.name, self.old)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lsg_patch.undo import Journal
+from lsg_patch.undo import Change, Journal
 
 
 class Swapped(nn.Module):
@@ -50,7 +50,7 @@ def swap_class(module: nn.Module, mixin: type[Swapped], state: Any, journal: Jou
 
 
 @dataclass
-class ClassSwapped:
+class ClassSwapped(Change):
     module: nn.Module
     mixin: type[Swapped]
     old: type[nn.Module]
