@@ -189,6 +189,8 @@ def unpatch_model(model: Model) -> Model:
                 failed = error
     # a config that was put in the place of the one that was changed states the length too
     for base, patch in bases:
+        if patch.changes:
+            continue
         for config in configs_around(model, base).values():
             if getattr(config, "max_position_embeddings", None) == patch.patched_length:
                 config.max_position_embeddings = patch.stated_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -15,7 +16,7 @@ from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family, Rotary, find_modules
 from lsg_patch.modules.global_embeddings import global_positions, initial_rows
-from lsg_patch.modules.position_table import shared_with, unlike_a_table
+from lsg_patch.modules.position_table import PositionsResized, shared_with, unlike_a_table
 from lsg_patch.modules.swapped import hidden_forward
 from lsg_patch.offloading import device_of, kept_as_a_whole, value_of
 from lsg_patch.tokenizer import find_token_ids
@@ -77,7 +78,7 @@ def make_plan(
         TypeError: it is not built as its family is.
     """
     _check_kind(base)
-    _check_wrappers(model)
+    _check_wrappers(model, base.modules())
     try:
         plan = _locate(model, base, family, config)
     except AttributeError as error:
@@ -285,7 +286,7 @@ def _looked_up(table: nn.Module, ids: list[int]) -> Tensor:
     return rows
 
 
-# put around a model, these share out its parameters or split them, those that it has at the time
+# around or in a model, these share out its parameters or split them: those that it has at the time
 _DISTRIBUTED = (
     "DistributedDataParallel",
     "FullyShardedDataParallel",
@@ -294,15 +295,16 @@ _DISTRIBUTED = (
 )
 
 
-def _check_wrappers(model: nn.Module) -> None:
+def _check_wrappers(model: nn.Module, changed: Iterable[nn.Module]) -> None:
+    changed = set(changed)
     for module in model.modules():
-        kinds = [cls.__name__ for cls in type(module).__mro__]
-        kind = next((name for name in _DISTRIBUTED if name in kinds), None)
-        if kind is not None:
+        kinds = {cls.__name__ for cls in type(module).__mro__}.intersection(_DISTRIBUTED)
+        if kinds and not changed.isdisjoint(module.modules()):
             raise ValueError(
-                f"the model is inside a {kind}, which knows the parameters that it has now and would miss "
-                "those that a patch or its revert exchange: patch or revert the model itself first, then "
-                "wrap or shard it anew"
+                f"a {min(kinds)} holds the parameters that the model has now, and would miss those that a "
+                "patch or its revert exchanges: patch and revert the plain model (model.module of what is "
+                "around it), and wrap or shard it after that. The full state dict of a sharded model "
+                "loads into a plain one that is patched alike"
             )
 
 
@@ -313,6 +315,13 @@ def _check_modules(base: nn.Module, plan: Plan) -> None:
         if hidden:
             raise ValueError(f"a {type(module).__name__} cannot be patched: {hidden}")
     changed = {plan.embeddings, *(table for tables in plan.tables for table in tables)}
+    swapped = changed.union(plan.attentions, plan.layers, [plan.stack])
+    for module in base.modules():
+        if "modules_to_save" in module._modules and not swapped.isdisjoint(module.modules()):
+            raise ValueError(
+                "PEFT keeps a second copy of a module that a patch changes (modules_to_save): patch the "
+                "model first, and put the adapter on after that"
+            )
     for module in kept_as_a_whole(base):
         if changed.intersection(module.modules()):
             raise ValueError(
@@ -328,7 +337,14 @@ def check_revert(model: nn.Module, records: dict[str, Journal]) -> None:
     Raises:
         ValueError: one cannot; nothing was changed.
     """
-    _check_wrappers(model)
+    _check_wrappers(model, (record.owner for record in records.values()))
+    present = set(model.modules())
+    for own in (own for record in records.values() for own in record.changes):
+        if isinstance(own, Journal) and own.owner not in present and own.holds(PositionsResized):
+            raise ValueError(
+                "the model's table of positions was replaced while it was patched: put that one back, then "
+                "revert"
+            )
     # those of single modules first: that of a base model holds them as well, and says less where
     for name, record in reversed(records.items()):
         hindrance = record.hindrance()

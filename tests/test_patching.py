@@ -393,7 +393,7 @@ def test_a_revert_that_fails_in_one_place_reverts_the_rest() -> None:
         lsg_patch.unpatch_model(model)
     assert lsg_patch.is_patched(model)
     run(model, ids_like(MASK_LONG[:, :POSITIONS], "bert"), None)  # it is what it was, but for that
-    model.config.__class__ = kind
+    object.__setattr__(model.config, "__class__", kind)
     lsg_patch.unpatch_model(model)
     assert fingerprint(model) == before
 

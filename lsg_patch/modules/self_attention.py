@@ -137,7 +137,10 @@ def swap_attention(
     shapes: list[tuple[int, int, int]] = []
     if config.sparsity_type == "lsh":
         heads = getattr(module, names.heads)
-        head_size = getattr(module, names.query).out_features // heads
+        query = getattr(module, names.query)
+        # what torch.fx made of a linear layer knows no sizes
+        width = getattr(query, "out_features", None) or query.weight.shape[0]
+        head_size = width // heads
         shapes = projection_shapes(config.geometry(), heads, head_size, config.lsh_num_pre_rounds)
     floating = (x.dtype for x in module.parameters() if x.is_floating_point() and x.itemsize > 1)
     device, dtype = device_of(module), next(floating, torch.float32)

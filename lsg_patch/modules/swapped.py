@@ -59,9 +59,8 @@ class ClassSwapped(Change):
         now, made = type(self.module), swapped_class(self.mixin, self.old)
         if now is not made:
             return (
-                f"it was made a {now.__name__} while it was patched (as fully_shard does): take that "
-                "away first, or load its full state dict into a patched model that is not sharded, and "
-                "revert that one"
+                f"it was a {made.__name__} and was made a {now.__name__} by something else, which is to be "
+                "taken away first"
             )
         return hidden_forward(self.module)
 
