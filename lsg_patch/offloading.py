@@ -49,6 +49,11 @@ def keep(module: nn.Module, name: str, values: Tensor) -> Tensor:
     return values.to("meta")
 
 
+def forget(module: nn.Module, name: str) -> None:
+    """Let the hook of ``module`` not look for a tensor that is there no more, when it is removed."""
+    getattr(keeper_of(module), "original_devices", {}).pop(name, None)
+
+
 def kept_as_a_whole(model: nn.Module) -> Iterator[nn.Module]:
     """The modules whose hooks also keep what is below them."""
     for module in model.modules():

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lsg_patch import offloading
+
 RECORD = "_lsg_record"
 
 
@@ -138,6 +140,7 @@ class ChildAdded(Change):
     def undo(self) -> None:
         if hasattr(self.owner, self.name):
             delattr(self.owner, self.name)
+        offloading.forget(self.owner, self.name)
 
 
 @dataclass
