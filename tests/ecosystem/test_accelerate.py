@@ -192,6 +192,8 @@ def test_a_hook_that_keeps_all_embeddings_is_refused() -> None:
         preload_module_classes=["BertEmbeddings"],
     )
     before = structure(model)
-    with pytest.raises(ValueError, match="weights of a BertEmbeddings as a whole.*offload it after"):
+    with pytest.raises(
+        ValueError, match="weights of a BertEmbeddings as a whole.*offload it after"
+    ):
         lsg_patch.patch_model(model, **SETTINGS)
     assert structure(model) == before
