@@ -121,7 +121,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "own forward of attention": (
         at(ATTENTION, with_own_forward),
-        "BertSelfAttention cannot .* replaced",
+        "SelfAttention cannot .* replaced",
     ),
     "own forward of a layer": (
         at(LAYER, with_own_forward),

@@ -120,7 +120,7 @@ def test_other_hooks(how: str, order: str, tmp_path: Any) -> None:
             for module in model.modules():
                 add_hook_to_module(module, ModelHook(), append=True)
             return model
-        where = {name: "disk" if how == "all to disk" else "cpu" for name in MODULES}
+        where = dict.fromkeys(MODULES, "disk" if how == "all to disk" else "cpu")
         where["embeddings"] = "disk"
         return dispatch_model(model, where, offload_dir=tmp_path)
 
