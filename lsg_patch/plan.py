@@ -247,7 +247,7 @@ def _positions(base: nn.Module, family: Family, rotary: Rotary | None) -> nn.Emb
 def _table(base: nn.Module, path: str) -> nn.Embedding:
     """A table of positions, which is to have more of them: none that is inside of something else."""
     found = _find(base, path)
-    if not isinstance(found, nn.Embedding) or hasattr(found, "base_layer"):
+    if not isinstance(found, nn.Embedding):
         raise ValueError(
             f"{path} is a {type(found).__module__}.{type(found).__name__} and no torch.nn.Embedding, so "
             "that it cannot get more positions: patch the model first, and put an adapter on or quantize "

@@ -73,11 +73,16 @@ def shared_with(tables: Sequence[nn.Embedding]) -> type[nn.Module] | None:
 
     lone = references({"weight": nn.Parameter(torch.empty(0))})
     if references(tables[0]._parameters) - lone < len(tables):
-        return None  # nobody else refers to it; to find who does takes tenths of a second
-    gc.collect()  # or a module that is gone is found
+        return None  # nobody else refers to it; to look for who does takes a tenth of a second
+    if _owner_besides(tables) is not None:
+        gc.collect()  # it may be gone
+    return _owner_besides(tables)
+
+
+def _owner_besides(tables: Sequence[nn.Embedding]) -> type[nn.Module] | None:
     ours = [id(table._parameters) for table in tables]
-    held = gc.get_referrers(tables[0].weight)
-    held = [x for x in held if type(x) is dict and id(x) not in ours]
+    referrers = gc.get_referrers(tables[0].weight)
+    held = [x for x in referrers if type(x) is dict and id(x) not in ours]
     if not held:
         return None
     # a module refers to its parameters itself (Python 3.13), or by its attributes

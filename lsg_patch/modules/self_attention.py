@@ -142,7 +142,9 @@ def swap_attention(
         width = getattr(query, "out_features", None) or query.weight.shape[0]
         head_size = width // heads
         shapes = projection_shapes(config.geometry(), heads, head_size, config.lsh_num_pre_rounds)
-    floating = (x.dtype for x in module.parameters() if x.is_floating_point() and x.itemsize > 1)
+    floating = (
+        x.dtype for x in module.parameters() if x.is_floating_point() and x.element_size() > 1
+    )
     device, dtype = device_of(module), next(floating, torch.float32)
     for i, projection in enumerate(draw_projections(shapes, seed)):
         # buffers, so that they move with the module and reach its replicas
