@@ -7,9 +7,9 @@ from torch import nn
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family
-from lsg_patch.families.base import unscaled
 from lsg_patch.modules import causal, encoder, stack
 from lsg_patch.modules.arguments import Argument
+from lsg_patch.modules.link import Link
 from lsg_patch.modules.swapped import journals_of
 from lsg_patch.plan import Plan
 from lsg_patch.undo import Journal
@@ -112,18 +112,22 @@ def _hook_embeddings(
         journal.add_hook(plan.embeddings.register_forward_pre_hook(compact, with_kwargs=True))
     if plan.global_rows is None:
         return None
-    journal.set_attribute(plan.stack, "lsg_base", stack.BaseOf(base))
+    journal.set_attribute(plan.stack, "lsg_base", Link(base))
     journal.add_hook(base.register_forward_pre_hook(stack.LinkStack(family.stack)))
-    if family.word_scale is not unscaled:
-        note = stack.NoteWordScale(Argument.of(parameters, "input_ids"), mask, family.word_scale)
-        handle = plan.embeddings.register_forward_hook(note, with_kwargs=True, prepend=True)
-        journal.add_hook(handle)
-    return stack.PrependGlobals(
-        family.embeddings,
+    tokens = stack.GlobalTokens(
         family.global_path,
-        family.projection,
         positions=family.positions if plan.rotary is None else None,
         places=tuple(plan.offset + position for position in plan.global_positions),
+    )
+    # before other hooks on the embeddings, which may give something else
+    note = stack.NoteGlobals(tokens, Argument.of(parameters, "input_ids"), mask, family.word_scale)
+    handle = plan.embeddings.register_forward_hook(note, with_kwargs=True, prepend=True)
+    journal.add_hook(handle)
+    projection = getattr(base, family.projection, None) if family.projection else None
+    if projection is not None:
+        journal.add_hook(projection.register_forward_hook(stack.carry_globals, prepend=True))
+    return stack.PrependGlobals(
+        tokens, family.embeddings, None if projection is None else family.projection
     )
 
 
