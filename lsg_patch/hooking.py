@@ -7,9 +7,9 @@ from torch import nn
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family
-from lsg_patch.families.base import unscaled
 from lsg_patch.modules import causal, encoder, stack
 from lsg_patch.modules.arguments import Argument
+from lsg_patch.modules.link import Link
 from lsg_patch.plan import Plan
 from lsg_patch.undo import Journal
 
@@ -110,17 +110,20 @@ def _hook_embeddings(
         journal.before(plan.embeddings, compact)
     if plan.global_rows is None:
         return None
-    journal.set_attribute(plan.stack, "lsg_base", stack.BaseOf(base))
+    journal.set_attribute(plan.stack, "lsg_base", Link(base))
     journal.before(base, stack.LinkStack(family.stack), with_kwargs=False)
-    if family.word_scale is not unscaled:
-        note = stack.NoteWordScale(Argument.of(parameters, "input_ids"), mask, family.word_scale)
-        journal.after(plan.embeddings, note)
-    return stack.PrependGlobals(
-        family.embeddings,
+    tokens = stack.GlobalTokens(
         family.global_path,
-        family.projection,
         positions=family.positions if plan.rotary is None else None,
         places=tuple(plan.offset + position for position in plan.global_positions),
+    )
+    note = stack.NoteGlobals(tokens, Argument.of(parameters, "input_ids"), mask, family.word_scale)
+    journal.after(plan.embeddings, note)
+    projection = getattr(base, family.projection, None) if family.projection else None
+    if projection is not None:
+        journal.after(projection, stack.carry_globals, with_kwargs=False)
+    return stack.PrependGlobals(
+        tokens, family.embeddings, None if projection is None else family.projection
     )
 
 

@@ -18,6 +18,7 @@ from lsg_patch.families import FAMILIES, Family, find_base
 from lsg_patch.hooking import hook_edges
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.layer import swap_layer, swap_row_wise
+from lsg_patch.modules.link import Link
 from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
 from lsg_patch.modules.self_attention import swap_attention
 from lsg_patch.offloading import value_of
@@ -261,10 +262,10 @@ def global_embeddings(model: nn.Module) -> nn.Parameter:
         ValueError: ``model`` is not patched, or patched with ``num_global_tokens=0``.
     """
     base, patch = _require_patched(model)[0]
-    embeddings = base.get_submodule(FAMILIES[patch.family].embeddings)
-    if not hasattr(embeddings, GLOBAL_EMBEDDINGS):
+    embeddings: Any = base.get_submodule(FAMILIES[patch.family].embeddings)
+    if not hasattr(embeddings, "lsg_self"):
         raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
-    rows: nn.Parameter = getattr(embeddings, GLOBAL_EMBEDDINGS).weight
+    rows: nn.Parameter = getattr(embeddings.lsg_self.module, GLOBAL_EMBEDDINGS).weight
     return rows
 
 
@@ -296,6 +297,7 @@ def _apply(
         swap_row_wise(module, journal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
+        journal.set_attribute(plan.embeddings, "lsg_self", Link(plan.embeddings))
     hook_edges(base, family, plan, config, journal)
     if tokenizer is not None and hasattr(tokenizer, "model_max_length"):
         journal.record(set_max_length(tokenizer, length))
