@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsg_patch.attention.compiling import is_exporting
 from lsg_patch.attention.geometry import Geometry
 from lsg_patch.attention.keys import Keys, additive, take_rows
 
@@ -40,8 +41,9 @@ def select(sparsity_type: str, inputs: SelectionInputs) -> Keys:
     """The sparse tokens of a sequence: (B, H, n, D) keys and values with a (B, 1 or H, n) mask."""
     if inputs.geometry.sparsity_factor == 1:
         return inputs.tokens
-    missing = -inputs.tokens.key.shape[2] % inputs.geometry.block_size
-    if missing:
+    length = inputs.tokens.key.shape[2]
+    missing = inputs.geometry.num_blocks(length) * inputs.geometry.block_size - length
+    if missing or is_exporting():
         key, value, mask, _ = inputs.tokens
         key, value = (F.pad(x, (0, 0, 0, missing)) for x in (key, value))
         inputs = inputs._replace(tokens=Keys(key, value, F.pad(mask, (0, missing))))
