@@ -207,8 +207,8 @@ def _looked_up(x: Tensor, window: Window, num_blocks: int, dim: int, first: int)
     block = torch.arange(num_blocks, device=x.device)[:, None] + first
     index = block * window.stride + window.start + torch.arange(window.size, device=x.device)
     length = x.shape[dim]
-    found = x.index_select(dim, index.clamp(min=0).clamp(max=length - 1).flatten())
-    found = found.unflatten(dim, (num_blocks, window.size))
+    rows = x.index_select(dim, index.clamp(min=0).clamp(max=length - 1).flatten())
+    found: Tensor = rows.unflatten(dim, (num_blocks, window.size))
     inside = (index >= 0) & (index < length)
     inside = inside.view(*inside.shape, *(1,) * (x.dim() - 1 - dim))
     return found & inside if x.dtype == torch.bool else found * inside

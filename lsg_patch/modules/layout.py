@@ -141,7 +141,12 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
     else:
         room = geometry.padded(length)
     slots = torch.arange(room - stood_in, device=device)
-    return Placement(first, (slots + first + stood_in) % length, stood_in, turned)
+    return Placement(first, _around(slots + first + stood_in, length), stood_in, turned)
+
+
+def _around(x: Tensor, length: int) -> Tensor:
+    """``x`` modulo ``length``, as a tensor: ONNX knows no remainder of a size that is not fixed."""
+    return x.remainder(torch.full((), length, dtype=x.dtype, device=x.device))
 
 
 def _known_to_be_true(mask: Tensor) -> bool:
@@ -168,7 +173,7 @@ def _layout(
     slots = torch.arange(tokens.shape[1], device=tokens.device)
     hides_first = config.mask_first_token and not stood_in
     key_mask = None
-    if mask is not None or hides_first or is_exporting() or tokens.shape[1] > length:
+    if mask is not None or hides_first or is_compiling() or tokens.shape[1] > length:
         key_mask = (slots < length - stood_in)[None]
         if mask is not None:
             key_mask = key_mask & mask.gather(1, tokens.expand(mask.shape[0], -1))
@@ -177,7 +182,7 @@ def _layout(
         if _known_to_be_true(key_mask):
             key_mask = None  # attention without a mask is faster
     position = torch.arange(length, device=tokens.device)[None]
-    rows = config.num_global_tokens - stood_in + (position - first) % length
+    rows = config.num_global_tokens - stood_in + _around(position - first, length)
     if pool and config.pool_with_global and config.num_global_tokens:
         # the first global token stands in for the first real one, and for padding before it
         rows = rows.masked_fill(position <= first, 0)
@@ -282,7 +287,8 @@ def enter(
         if placement.stood_in:
             x = torch.cat([x[:, :num_global], x[:, num_global + placement.stood_in :]], dim=1)
         missing = num_global + tokens.shape[1] - x.shape[1]
-        return F.pad(x, (0, 0, 0, missing)) if is_exporting() or missing else x
+        # in a graph, too, that is made for sizes that vary: one that fits is no other case
+        return F.pad(x, (0, 0, 0, missing)) if is_compiling() or missing else x
 
     if rotation is not None:
         layout = layout._replace(rotation=(laid_out(rotation[0]), laid_out(rotation[1])))
