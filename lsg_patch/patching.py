@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lsg_patch import compat
-from lsg_patch.config import LSGConfig
+from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import FAMILIES, Family, find_base
 from lsg_patch.hooking import hook_edges
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
@@ -22,7 +22,7 @@ from lsg_patch.modules.layer import swap_layer, swap_row_wise
 from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
 from lsg_patch.modules.self_attention import swap_attention
 from lsg_patch.modules.swapped import journals_of
-from lsg_patch.plan import CHUNK, Plan, configs_around, make_plan
+from lsg_patch.plan import CHUNK, Plan, SavedGlobals, configs_around, make_plan
 from lsg_patch.tokenizer import set_max_length
 from lsg_patch.undo import Journal
 
@@ -38,7 +38,8 @@ PATCH = "_lsg_patch"
 class Patch:
     """What a patched base model carries: its settings, and how to undo them.
 
-    ``stated_length`` is what the model's config said before, ``patched_length`` what it says now.
+    ``stated_length`` is what the model's config said before, ``patched_length`` what it says now, and
+    ``saved`` what it says under ``KEY``.
     """
 
     config: LSGConfig
@@ -46,6 +47,7 @@ class Patch:
     journal: Journal
     stated_length: int | None
     patched_length: int
+    saved: dict[str, Any]
 
 
 def _settings_once(patch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -130,6 +132,50 @@ def patch_model(
         given = dict(locals())
         config = LSGConfig(**{field.name: given[field.name] for field in fields(LSGConfig)})
     base, family = find_base(model)
+    if KEY in vars(base.config) and not is_patched(base):
+        logger.warning(
+            "%s was saved patched and loaded without that: it is patched anew, with new global tokens. "
+            "lsg_patch.from_pretrained loads it as it was saved",
+            type(base).__name__,
+        )
+    return _patch(model, base, family, config, tokenizer)
+
+
+def patch_loaded(
+    model: Model,
+    config: LSGConfig,
+    *,
+    global_rows: Tensor | None,
+    global_reach: int | None = None,
+    bos_id: int | None = None,
+    tokenizer: Any = None,
+) -> Model:
+    """Patch a model that was just loaded from a checkpoint of a patched one.
+
+    Its positions are as many as that had, and are taken as they are, unless ``config`` has another
+    number of them. A revert gives the model that was loaded, without ``KEY`` in its config.
+
+    Args:
+        global_rows: (n, width), the first global tokens, of which no token id is looked up. Those
+            that are missing are new ones.
+        global_reach, bos_id: see ``SavedPatch``.
+
+    Raises:
+        As ``patch_model``.
+    """
+    base, family = find_base(model)
+    saved = SavedGlobals(global_rows, global_reach, bos_id)
+    return _patch(model, base, family, config, tokenizer, saved)
+
+
+def _patch(
+    model: Model,
+    base: nn.Module,
+    family: Family,
+    config: LSGConfig,
+    tokenizer: Any,
+    saved: SavedGlobals | None = None,
+) -> Model:
     config = config.with_family_default(family.begins_with_cls)
     if is_patched(base):
         raise ValueError(
@@ -138,17 +184,23 @@ def patch_model(
     journal = Journal()
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
-        plan = make_plan(model, base, family, config, tokenizer)
+        plan = make_plan(model, base, family, config, tokenizer, saved)
         if not plan.can_unpad:
             config = replace(config, unpad=False)
+        length, reach = config.max_position_embeddings, plan.global_reach
         patch = Patch(
             config,
             family.name,
             journal,
             stated_length=getattr(base.config, "max_position_embeddings", None),
-            patched_length=config.max_position_embeddings + plan.config_offset,
+            patched_length=length + plan.config_offset,
+            saved=SavedPatch(config, reach and min(reach, length), plan.bos_id).to_dict(),
         )
         try:
+            for model_config in plan.configs.values():
+                if saved is not None:
+                    vars(model_config).pop(KEY, None)
+                journal.set_attribute(model_config, KEY, patch.saved)
             _apply(base, family, config, plan, tokenizer, journal)
             journal.set_attribute(base, PATCH, patch)
         except BaseException:
@@ -186,9 +238,11 @@ def unpatch_model(model: Model) -> Model:
         with torch.inference_mode(False):
             changes.undo()
     finally:
-        # a config that was put in the place of the one that was changed states the length too
+        # a config that was put in the place of the one that was changed states the same too
         for base, patch in patches:
             for config in configs_around(model, base).values():
+                if vars(config).get(KEY) == patch.saved:
+                    delattr(config, KEY)
                 if getattr(config, "max_position_embeddings", None) == patch.patched_length:
                     config.max_position_embeddings = patch.stated_length
     return model
@@ -267,7 +321,8 @@ def _apply(
         _drop_stale_forward(module)
     length = config.max_position_embeddings
     for table in (plan.positions, plan.decoder_positions):
-        if table is not None:
+        # as many rows as wanted: they are taken as they are
+        if table is not None and table.num_embeddings != plan.offset + length:
             rows = table.weight.detach()
             resized = family.computed_positions(rows, plan.offset, length, base.config)
             stretched = False
