@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dis
+import importlib
 import inspect
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -320,3 +323,50 @@ def has_relative_positions(config: Any) -> bool:
     """Whether the attention's scores have terms for distances (4.x: relative_key, relative_key_query)."""
     # 4.54 and 4.55 have a property of this name where it has no effect, which warns when it is read
     return str(vars(config).get("position_embedding_type")).startswith("relative")
+
+
+def hub_file(repository: str, name: str, **where: Any) -> str | None:
+    """A file of a repository of the hub, from its cache or fetched; None: it is not to be had."""
+    utils: Any = importlib.import_module("transformers.utils")
+    try:
+        if hasattr(utils, "cached_file"):
+            found: str | None = utils.cached_file(repository, name, **where)
+            return found
+        # before 4.22
+        place = {key: where.pop(key) for key in ("revision", "subfolder") if key in where}
+        return str(utils.cached_path(utils.hf_bucket_url(repository, name, **place), **where))
+    except OSError:
+        return None
+
+
+def reads_safetensors() -> bool:
+    """Whether ``from_pretrained`` reads such files, and takes them before others (4.22 and later)."""
+    return hasattr(importlib.import_module("transformers.utils"), "SAFE_WEIGHTS_NAME")
+
+
+_IGNORED = "_keys_to_ignore_on_load_unexpected"
+_lock = threading.Lock()
+# classes that are being loaded: how often, and what they ignored of themselves
+_expected: dict[Any, list[Any]] = {}
+
+
+@contextmanager
+def expecting(cls: Any, pattern: str) -> Iterator[None]:
+    """``cls.from_pretrained`` says nothing of weights without a place whose names match ``pattern``."""
+    with _lock:
+        loads = _expected.setdefault(cls, [0, vars(cls).get(_IGNORED, _lock)])
+        loads[0] += 1
+        if loads[0] == 1:
+            setattr(cls, _IGNORED, [*(getattr(cls, _IGNORED) or ()), pattern])
+    try:
+        yield
+    finally:
+        with _lock:
+            loads[0] -= 1
+            if not loads[0]:
+                del _expected[cls]
+                # the lock stands for nothing
+                if loads[1] is _lock:
+                    delattr(cls, _IGNORED)
+                else:
+                    setattr(cls, _IGNORED, loads[1])

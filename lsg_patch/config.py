@@ -177,7 +177,7 @@ class SavedPatch:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; ``from_dict`` gives an equal one back."""
         more = {"global_reach": self.global_reach, "bos_id": self.bos_id}
-        return {"format": FORMAT, **self.config.to_dict(), **more}
+        return {"format_version": FORMAT, **self.config.to_dict(), **more}
 
     @classmethod
     def from_dict(cls, values: object, **changed: Any) -> SavedPatch:
@@ -192,11 +192,11 @@ class SavedPatch:
                 f"{where}={values!r}, which must be a dictionary: save the model again"
             )
         rest = dict(values)
-        form = rest.pop("format", None)
-        _check_int(f"{where}: format", form, 1, None)
+        form = rest.pop("format_version", None)
+        _check_int(f"{where}: format_version", form, 1, None)
         if form > FORMAT:
             raise ValueError(
-                f"{where} of format {form}, this lsg_patch reads up to {FORMAT}: "
+                f"{where} of format_version {form}, this lsg_patch reads up to {FORMAT}: "
                 "pip install --upgrade lsg-patch"
             )
         more = {name: rest.pop(name, None) for name in ("global_reach", "bos_id")}
