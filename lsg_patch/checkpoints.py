@@ -18,7 +18,7 @@ from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import Family, family_of
 from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_loaded
-from lsg_patch.weights import Source
+from lsg_patch.weights import SAFE, Source
 
 ROWS = f"{GLOBAL_EMBEDDINGS}.weight"
 PATTERN = rf"(^|\.){GLOBAL_EMBEDDINGS}\.weight$"
@@ -83,10 +83,15 @@ def from_pretrained(
     for values in patches:
         SavedPatch.from_dict(values, **settings)
     cls = _named_class(stated) if cls is None else cls
-    request = _request.set(Request(settings, tokenizer, source.read(_is_global)))
+    where: Any = path
+    rows = source.read(_is_global)
+    if not compat.reads_safetensors() and any(x.endswith(SAFE) for x in source.weights()):
+        given = transformers.AutoConfig.from_pretrained(path) if given is None else given
+        where, kwargs = None, {**kwargs, "config": given, "state_dict": source.read(lambda _: True)}
+    request = _request.set(Request(settings, tokenizer, rows))
     _switch.set(loads=1)
     try:
-        loaded = cls.from_pretrained(path, **kwargs)
+        loaded = cls.from_pretrained(where, **kwargs)
     finally:
         _switch.set(loads=-1)
         _request.reset(request)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lsg_patch import compat
 
+SAFE = ".safetensors"
 # what says where on the hub a file is to be found
 HUB_NAMES = (
     "cache_dir",
@@ -70,8 +71,9 @@ class Source:
             ValueError: the index of the files is wrong or names one that is not there.
         """
         kinds = ["model.safetensors"] if self.use_safetensors is not False else []
-        kinds = kinds if compat.reads_safetensors() else []
         kinds += ["pytorch_model.bin"] if not self.use_safetensors else []
+        if not compat.reads_safetensors():
+            kinds.reverse()
         for kind in kinds:
             stem, end = kind.rsplit(".", 1)
             name = f"{stem}.{self.variant}.{end}" if self.variant else kind
@@ -95,7 +97,7 @@ class Source:
         found: dict[str, Tensor] = {}
         for file, names in self.weights().items():
             # of pickles every one is looked at, before others load it
-            safe = file.endswith(".safetensors")
+            safe = file.endswith(SAFE)
             if safe and names is not None and not any(map(wanted, names)):
                 continue
             try:
@@ -143,7 +145,7 @@ def _shards(index: str) -> dict[str, list[str]]:
 
 
 def _read(file: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    if file.endswith(".safetensors"):
+    if file.endswith(SAFE):
         from safetensors import safe_open
 
         with safe_open(file, "pt") as tensors:
