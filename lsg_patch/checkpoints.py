@@ -12,13 +12,13 @@ from typing import Any
 
 import transformers
 import wrapt
-from torch import Tensor, nn
+from torch import Tensor
 
 from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import Family, family_of
 from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_loaded
-from lsg_patch.weights import SAFE, Source
+from lsg_patch.weights import Source
 
 ROWS = f"{GLOBAL_EMBEDDINGS}.weight"
 PATTERN = rf"(^|\.){GLOBAL_EMBEDDINGS}\.weight$"
@@ -83,18 +83,16 @@ def from_pretrained(
     for values in patches:
         SavedPatch.from_dict(values, **settings)
     cls = _named_class(stated) if cls is None else cls
-    where: Any = path
-    rows = source.read(_is_global)
-    if not compat.reads_safetensors() and any(x.endswith(SAFE) for x in source.weights()):
-        given = transformers.AutoConfig.from_pretrained(path) if given is None else given
-        where, kwargs = None, {**kwargs, "config": given, "state_dict": source.read(lambda _: True)}
-    request = _request.set(Request(settings, tokenizer, rows))
+    request = _request.set(Request(settings, tokenizer, source.read(_is_global)))
     _switch.set(loads=1)
     try:
-        loaded = cls.from_pretrained(where, **kwargs)
+        with source.for_this_release() as place:
+            loaded = cls.from_pretrained(place, **kwargs)
     finally:
         _switch.set(loads=-1)
         _request.reset(request)
+    if place != source.path:
+        _model_of(loaded).config.name_or_path = _model_of(loaded).name_or_path = source.path
     if not is_patched(_model_of(loaded)):
         raise ValueError(
             f"{cls.__name__} has no place for the patch that was saved: pass another cls"
@@ -127,10 +125,9 @@ def _is_global(name: str) -> bool:
     return name == ROWS or name.endswith(f".{ROWS}")
 
 
-def _model_of(loaded: Any) -> nn.Module:
+def _model_of(loaded: Any) -> Any:
     """With ``output_loading_info`` a model comes with what is to be said of it."""
-    model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
-    return model
+    return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
 def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -140,7 +137,7 @@ def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return wrapped(*args, **kwargs)
     with compat.expecting(cls, PATTERN):
         loaded = wrapped(*args, **kwargs)
-    model: Any = _model_of(loaded)
+    model = _model_of(loaded)
     if _states_patch(model.config):
         path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         _patch_as_saved(model, path, kwargs, request)

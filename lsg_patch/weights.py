@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -60,7 +62,8 @@ class Source:
         file = self.find("config.json")
         if file is None:
             raise OSError(
-                f"{self.path!r} has no config.json: name the folder or repository of a model"
+                f"{self.path!r} has no config.json, or it is not to be had: name the folder or the "
+                "repository of a model"
             )
         return _json(file)
 
@@ -107,6 +110,17 @@ class Source:
                     f"{file} cannot be read as weights: {error}. Save or fetch it again"
                 ) from error
         return found
+
+    @contextmanager
+    def for_this_release(self) -> Iterator[str]:
+        """The path for ``from_pretrained``; a copy, where it could not read these files (before 4.22)."""
+        if compat.reads_safetensors() or not any(file.endswith(SAFE) for file in self.weights()):
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(self.config()), "utf-8")
+            torch.save(self.read(lambda name: True), Path(folder, "pytorch_model.bin"))
+            yield folder
 
     def _shard(self, index: str, name: str) -> str:
         file = self.find(name)
