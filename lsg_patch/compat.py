@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import importlib
 import inspect
 import sys
@@ -22,7 +23,12 @@ def forward_parameters(module: nn.Module) -> tuple[str, ...]:
 
     They were renamed and moved again and again (4.54, 4.56, 5.0, 5.4), so they are looked up.
     """
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return _parameters(type(module).forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
@@ -103,15 +109,19 @@ def attention_outputs(attention: nn.Module) -> int:
     """
     for cls in type(attention).__mro__:
         if "forward" in vars(cls):
-            code = list(dis.get_instructions(inspect.unwrap(vars(cls)["forward"])))
-            returned = [
-                made.arg or 0
-                for made, after in pairwise(code)
-                if made.opname == "BUILD_TUPLE" and after.opname == "RETURN_VALUE"
-            ]
+            returned = _longest_tuple(inspect.unwrap(vars(cls)["forward"]))
             if returned:
-                return max(2, *returned)
+                return max(2, returned)
     return 2
+
+
+# a model's layers are of one class
+@functools.lru_cache(maxsize=64)
+def _longest_tuple(function: Callable[..., Any]) -> int:
+    """Of the tuples that a function returns, as its code makes them; 0: it makes none."""
+    code = pairwise(dis.get_instructions(function))
+    returned = (a.arg for a, b in code if a.opname == "BUILD_TUPLE" and b.opname == "RETURN_VALUE")
+    return max((count or 0 for count in returned), default=0)
 
 
 @dataclass(frozen=True)
