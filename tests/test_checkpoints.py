@@ -161,6 +161,14 @@ def test_saved_ones_need_no_token_ids(saved: Path) -> None:
         lsg_patch.from_pretrained(saved, num_global_tokens=4)
 
 
+def test_a_prompt_in_the_place_of_cls_is_told_of(saved: Path) -> None:
+    """As in the model that was saved: the token that is expected there is known."""
+    loaded = lsg_patch.from_pretrained(saved)
+    words = loaded.embeddings.word_embeddings
+    with pytest.warns(UserWarning, match="mask_first_token=False"):
+        loaded(inputs_embeds=words(IDS) + 1)
+
+
 def test_settings_that_are_given_win(original: Any, saved: Path) -> None:
     tokenizer = tokenizer_like()
     loaded = lsg_patch.from_pretrained(
