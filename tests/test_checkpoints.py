@@ -112,6 +112,8 @@ def test_the_config_says_how_it_is_patched(original: Any, saved: Path) -> None:
 
 def test_a_revert_takes_the_key_away(saved: Path) -> None:
     """Of a model that was loaded patched as well, and of a config that took another's place."""
+    changed = lsg_patch.from_pretrained(saved, block_size=16)
+    assert KEY not in lsg_patch.unpatch_model(changed).config.to_dict()
     model = lsg_patch.from_pretrained(saved)
     model.config = copy.deepcopy(model.config)
     lsg_patch.unpatch_model(model)
