@@ -292,11 +292,6 @@ class CrossMask:
         )
 
 
-def word_scale(embeddings: Any, words: Any) -> float:
-    """What words are multiplied with: where they are looked up (4.39 and later), or after that."""
-    return float(getattr(words, "embed_scale", 1.0) * scale_of_looked_up_words(embeddings))
-
-
 def scale_of_looked_up_words(embeddings: Any) -> float:
     """What the owner of the words multiplies with after looking them up."""
     return float(getattr(embeddings, "embed_scale", 1.0))
@@ -318,15 +313,6 @@ class PositionInput:
     def one_token(self, given: Any) -> Any:
         """The argument for the first token alone."""
         return torch.Size((given[0], 1)) if self.is_shape else given[:, :1]
-
-
-def is_left_behind(module: nn.Module, forward: Any) -> bool:
-    """Whether an instance's own ``forward`` is only its class's, bound.
-
-    5.0 and 5.1 leave such a one on every module whose outputs they recorded. It would hide the
-    forward of another class; to take it away changes nothing.
-    """
-    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def has_relative_positions(config: Any) -> bool:
