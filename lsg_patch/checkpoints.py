@@ -151,20 +151,16 @@ def _states_patch(config: Any) -> bool:
 
 
 def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Request) -> None:
-    known = [
-        (name, module, family)
-        for name, module in model.named_modules()
-        if (family := family_of(module)) is not None
-    ]
     rows = request.rows
-    for name, base, family in known:
-        if KEY not in vars(base.config):
+    for name, base in list(model.named_modules()):
+        values = getattr(vars(base).get("config"), "__dict__", {}).get(KEY)
+        family = family_of(base) if values is not None else None
+        if family is None:
             continue
-        values = vars(base.config)[KEY]
         saved = SavedPatch.from_dict(values, **request.settings)
         rows = _read(model, path, given) if rows is None else rows
         patch_loaded(
-            model if len(known) == 1 else base,
+            model if model.config is base.config else base,
             saved.config,
             global_rows=_rows_of(rows, name, family, SavedPatch.from_dict(values).config),
             global_reach=saved.global_reach,
