@@ -35,6 +35,8 @@ class Request:
     rows: dict[str, Tensor] | None = None
 
 
+# transformers 5 replaces functions of its own while it loads: two at once leave them replaced
+_one_at_a_time = threading.RLock()
 # of a from_pretrained of ours that is under way
 _request: ContextVar[Request | None] = ContextVar("lsg_patch request", default=None)
 
@@ -135,7 +137,7 @@ def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     request = _request.get() or (Request() if _switch.is_on() else None)
     if request is None:
         return wrapped(*args, **kwargs)
-    with compat.expecting(cls, PATTERN):
+    with _one_at_a_time, compat.expecting(cls, PATTERN):
         loaded = wrapped(*args, **kwargs)
     model = _model_of(loaded)
     if _states_patch(model.config):
