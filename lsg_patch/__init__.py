@@ -9,6 +9,12 @@ requirements.check()  # before an import fails that says less
 
 if TYPE_CHECKING:
     from lsg_patch.attention import RelativeBias, lsg_attention
+    from lsg_patch.checkpoints import (
+        auto_patching,
+        disable_auto_patching,
+        enable_auto_patching,
+        from_pretrained,
+    )
     from lsg_patch.config import LSGConfig
     from lsg_patch.families import AttentionNames, Family, Rotary, register_family
     from lsg_patch.patching import (
@@ -27,7 +33,11 @@ __all__ = [
     "LSGConfig",
     "RelativeBias",
     "Rotary",
+    "auto_patching",
+    "disable_auto_patching",
+    "enable_auto_patching",
     "freeze_except_global",
+    "from_pretrained",
     "get_config",
     "global_embeddings",
     "is_patched",
@@ -41,6 +51,12 @@ __all__ = [
 # rooms open at the first use of a name: `import lsg_patch` loads neither torch nor a model's code
 _ROOMS = {
     "attention": ("RelativeBias", "lsg_attention"),
+    "checkpoints": (
+        "auto_patching",
+        "disable_auto_patching",
+        "enable_auto_patching",
+        "from_pretrained",
+    ),
     "config": ("LSGConfig",),
     "families": ("AttentionNames", "Family", "Rotary", "register_family"),
     "patching": (

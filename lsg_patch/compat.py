@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dis
+import functools
+import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,7 +22,12 @@ def forward_parameters(module: nn.Module) -> tuple[str, ...]:
 
     They were renamed and moved again and again (4.54, 4.56, 5.0, 5.4), so they are looked up.
     """
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return _parameters(type(module).forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
@@ -100,15 +108,19 @@ def attention_outputs(attention: nn.Module) -> int:
     """
     for cls in type(attention).__mro__:
         if "forward" in vars(cls):
-            code = list(dis.get_instructions(inspect.unwrap(vars(cls)["forward"])))
-            returned = [
-                made.arg or 0
-                for made, after in pairwise(code)
-                if made.opname == "BUILD_TUPLE" and after.opname == "RETURN_VALUE"
-            ]
+            returned = _longest_tuple(inspect.unwrap(vars(cls)["forward"]))
             if returned:
-                return max(2, *returned)
+                return max(2, returned)
     return 2
+
+
+# a model's layers are of one class
+@functools.lru_cache(maxsize=64)
+def _longest_tuple(function: Callable[..., Any]) -> int:
+    """Of the tuples that a function returns, as its code makes them; 0: it makes none."""
+    code = pairwise(dis.get_instructions(function))
+    returned = (a.arg for a, b in code if a.opname == "BUILD_TUPLE" and b.opname == "RETURN_VALUE")
+    return max((count or 0 for count in returned), default=0)
 
 
 @dataclass(frozen=True)
@@ -306,3 +318,36 @@ def has_relative_positions(config: Any) -> bool:
     """Whether the attention's scores have terms for distances (4.x: relative_key, relative_key_query)."""
     # 4.54 and 4.55 have a property of this name where it has no effect, which warns when it is read
     return str(vars(config).get("position_embedding_type")).startswith("relative")
+
+
+def hub_file(repository: str, name: str, **where: Any) -> str | None:
+    """A file of a repository of the hub, from its cache or fetched; None: it is not to be had."""
+    utils: Any = importlib.import_module("transformers.utils")
+    try:
+        if hasattr(utils, "cached_file"):
+            found: str | None = utils.cached_file(repository, name, **where)
+            return found
+        # before 4.22
+        place = {key: where.pop(key) for key in ("revision", "subfolder") if key in where}
+        return str(utils.cached_path(utils.hf_bucket_url(repository, name, **place), **where))
+    except (OSError, ValueError):  # the latter of a name that no repository can have
+        return None
+
+
+def reads_safetensors() -> bool:
+    """Whether ``from_pretrained`` reads such files, and takes them before others (4.22 and later)."""
+    return hasattr(importlib.import_module("transformers.utils"), "SAFE_WEIGHTS_NAME")
+
+
+@contextmanager
+def expecting(cls: Any, pattern: str) -> Iterator[None]:
+    """``cls.from_pretrained`` says nothing of weights without a place whose names match ``pattern``."""
+    name = "_keys_to_ignore_on_load_unexpected"
+    own = {name: vars(cls)[name]} if name in vars(cls) else {}
+    setattr(cls, name, [*(getattr(cls, name) or ()), pattern])
+    try:
+        yield
+    finally:
+        delattr(cls, name)
+        for value in own.values():
+            setattr(cls, name, value)

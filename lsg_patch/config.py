@@ -11,6 +11,8 @@ from lsg_patch.attention import Geometry, check_backend, make_geometry
 
 MAX_GLOBAL_TOKENS = 512
 POSITION_NAMES = ("tile", "interpolate")
+# of a patched model's config: what its checkpoint says of the patch, and in which form
+KEY, FORMAT = "lsg_patch", 1
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,59 @@ class LSGConfig:
                 "cls or bos) and pool_with_global=False would give nothing in its place; pass "
                 "mask_first_token=False or pool_with_global=True"
             )
+
+
+@dataclass(frozen=True)
+class SavedPatch:
+    """A patch as the config of a model says it, under ``KEY``.
+
+    ``global_reach`` is the number of positions that the global tokens were spread over, where these
+    are rows of a table; ``bos_id`` the token that the first of them was made of.
+    """
+
+    config: LSGConfig
+    global_reach: int | None = None
+    bos_id: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; ``from_dict`` gives an equal one back."""
+        more = {"global_reach": self.global_reach, "bos_id": self.bos_id}
+        return {"format_version": FORMAT, **self.config.to_dict(), **more}
+
+    @classmethod
+    def from_dict(cls, values: object, **changed: Any) -> SavedPatch:
+        """From ``to_dict``, with the settings ``changed``.
+
+        Raises:
+            ValueError: it is of a newer release, or not what ``to_dict`` gives.
+        """
+        where = f"the checkpoint's config has {KEY}"
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"{where}={values!r}, which must be a dictionary: save the model again"
+            )
+        rest = dict(values)
+        form = rest.pop("format_version", None)
+        _check_int(f"{where}: format_version", form, 1, None)
+        if form > FORMAT:
+            raise ValueError(
+                f"{where} of format_version {form}, this lsg_patch reads up to {FORMAT}: "
+                "pip install --upgrade lsg-patch"
+            )
+        more = {name: rest.pop(name, None) for name in ("global_reach", "bos_id")}
+        for name, least in (("global_reach", 1), ("bos_id", 0)):
+            if more[name] is not None:
+                _check_int(f"{where}: {name}", more[name], least, None)
+        unknown = rest.keys() - {field.name for field in dataclasses.fields(LSGConfig)}
+        if unknown:
+            raise ValueError(
+                f"{where} with {min(unknown, key=str)!r}, which is no setting: take it out"
+            )
+        try:
+            LSGConfig(**rest)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where} with a wrong setting: {error}") from error
+        return cls(LSGConfig(**{**rest, **changed}), **more)
 
 
 def _check_int(name: str, value: object, least: int, most: int | None) -> None:

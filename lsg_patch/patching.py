@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lsg_patch.config import LSGConfig
+from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import FAMILIES, Family, find_base
 from lsg_patch.hooking import hook_edges
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
@@ -22,7 +22,7 @@ from lsg_patch.modules.link import Link
 from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
 from lsg_patch.modules.self_attention import swap_attention
 from lsg_patch.offloading import value_of
-from lsg_patch.plan import CHUNK, Plan, check_revert, configs_around, make_plan
+from lsg_patch.plan import CHUNK, Plan, SavedGlobals, check_revert, configs_around, make_plan
 from lsg_patch.tokenizer import set_max_length
 from lsg_patch.undo import Journal, record_of, records_of
 
@@ -37,13 +37,15 @@ GLOBAL_EMBEDDINGS = "global_embeddings"
 class Patch(Journal):
     """What a patched base model carries: the record of all changes, and the settings.
 
-    ``stated_length`` is what the model's config said before, ``patched_length`` what it says now.
+    ``stated_length`` is what the model's config said before, ``patched_length`` what it says now, and
+    ``saved`` what it says under ``KEY``.
     """
 
     config: LSGConfig = field(kw_only=True)
     family: str = field(kw_only=True)
     stated_length: int | None = field(kw_only=True)
     patched_length: int = field(kw_only=True)
+    saved: dict[str, Any] = field(kw_only=True)
 
 
 def _settings_once(patch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -128,6 +130,50 @@ def patch_model(
         given = dict(locals())
         config = LSGConfig(**{field.name: given[field.name] for field in fields(LSGConfig)})
     base, family = find_base(model)
+    if KEY in vars(base.config) and not is_patched(base):
+        logger.warning(
+            "%s was saved patched and loaded without that: it is patched anew, with new global tokens. "
+            "lsg_patch.from_pretrained loads it as it was saved",
+            type(base).__name__,
+        )
+    return _patch(model, base, family, config, tokenizer)
+
+
+def patch_loaded(
+    model: Model,
+    config: LSGConfig,
+    *,
+    global_rows: Tensor | None,
+    global_reach: int | None = None,
+    bos_id: int | None = None,
+    tokenizer: Any = None,
+) -> Model:
+    """Patch a model that was just loaded from a checkpoint of a patched one.
+
+    Its positions are as many as that had, and are taken as they are, unless ``config`` has another
+    number of them. A revert gives the model that was loaded, without ``KEY`` in its config.
+
+    Args:
+        global_rows: (n, width), the first global tokens, of which no token id is looked up. Those
+            that are missing are new ones.
+        global_reach, bos_id: see ``SavedPatch``.
+
+    Raises:
+        As ``patch_model``.
+    """
+    base, family = find_base(model)
+    saved = SavedGlobals(global_rows, global_reach, bos_id)
+    return _patch(model, base, family, config, tokenizer, saved)
+
+
+def _patch(
+    model: Model,
+    base: nn.Module,
+    family: Family,
+    config: LSGConfig,
+    tokenizer: Any,
+    saved: SavedGlobals | None = None,
+) -> Model:
     config = config.with_family_default(family.begins_with_cls)
     if any(True for _ in records_of(base)):
         raise ValueError(
@@ -136,17 +182,23 @@ def patch_model(
         )
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
-        plan = make_plan(model, base, family, config, tokenizer)
+        plan = make_plan(model, base, family, config, tokenizer, saved)
         if not plan.can_unpad:
             config = replace(config, unpad=False)
+        length, reach = config.max_position_embeddings, plan.global_reach
         patch = Patch(
             base,
             config=config,
             family=family.name,
             stated_length=getattr(base.config, "max_position_embeddings", None),
-            patched_length=config.max_position_embeddings + plan.config_offset,
+            patched_length=length + plan.config_offset,
+            saved=SavedPatch(config, reach and min(reach, length), plan.bos_id).to_dict(),
         )
         try:
+            for model_config in plan.configs.values():
+                if saved is not None:
+                    vars(model_config).pop(KEY, None)
+                patch.set_attribute(model_config, KEY, patch.saved)
             _apply(base, family, config, plan, tokenizer, patch)
         except BaseException:
             patch.undo()
@@ -188,11 +240,13 @@ def unpatch_model(model: Model) -> Model:
                 record.undo()
             except Exception as error:
                 failed = error
-    # a config that was put in the place of the one that was changed states the length too
+    # a config that was put in the place of the one that was changed states the same too
     for base, patch in bases:
         if patch.changes:
             continue
         for config in configs_around(model, base).values():
+            if vars(config).get(KEY) == patch.saved:
+                delattr(config, KEY)
             if getattr(config, "max_position_embeddings", None) == patch.patched_length:
                 config.max_position_embeddings = patch.stated_length
     if failed is not None:
@@ -275,6 +329,8 @@ def _apply(
     """Make the changes, recording each of them."""
     length = config.max_position_embeddings
     for tables in plan.tables:
+        if tables[0].num_embeddings == plan.offset + length:
+            continue  # as many rows as wanted: they are taken as they are
         rows = value_of(tables[0]).detach()
         resized = family.computed_positions(rows, plan.offset, length, base.config)
         stretched = False

@@ -37,10 +37,10 @@ class Plan:
     the number of rows before that of position 0 in the table ``positions`` (None: there is no
     table), of which ``max_position_embeddings`` of the model's ``configs`` counts ``config_offset``;
     ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
-    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none, the first of which
-    is made of the token ``bos_id``; ``chunked`` are
-    the modules that have a ``CHUNK``; ``tables`` are all tables of positions, those that share a
-    weight together; ``layers`` are those of ``Family.layers``, ``row_wise`` those of
+    the global tokens, spread over ``global_reach`` rows of a table; ``global_rows``
+    (num_global_tokens, width), or None for none, the first of which is made of the token ``bos_id``;
+    ``chunked`` are the modules that have a ``CHUNK``; ``tables`` are all tables of positions, those
+    that share a weight together; ``layers`` are those of ``Family.layers``, ``row_wise`` those of
     ``Family.row_wise``; ``is_causal`` says that the model is a decoder; ``can_unpad`` that its layers
     can run on packed rows.
     """
@@ -54,6 +54,7 @@ class Plan:
     positions: nn.Embedding | None
     rotary: Rotary | None
     global_positions: tuple[int, ...]
+    global_reach: int | None
     first_token_rest: Tensor | None
     offset: int
     config_offset: int
@@ -68,10 +69,29 @@ class Plan:
     can_unpad: bool = True
 
 
+@dataclass
+class SavedGlobals:
+    """Global tokens that were saved: ``rows`` (n, width) of which the first ones are taken.
+
+    ``reach`` and ``bos_id`` are ``global_reach`` and ``bos_id`` of a ``Plan``, where they are known.
+    """
+
+    rows: Tensor | None
+    reach: int | None = None
+    bos_id: int | None = None
+
+
 def make_plan(
-    model: nn.Module, base: nn.Module, family: Family, config: LSGConfig, tokenizer: Any
+    model: nn.Module,
+    base: nn.Module,
+    family: Family,
+    config: LSGConfig,
+    tokenizer: Any,
+    saved: SavedGlobals | None = None,
 ) -> Plan:
     """Find what is to be changed in ``base``, which is ``model`` or inside of it.
+
+    Global tokens are those that were ``saved``, and new ones.
 
     Raises:
         ValueError: the model is of a kind that cannot be patched, or a token id is not to be found.
@@ -80,7 +100,7 @@ def make_plan(
     _check_kind(base)
     _check_wrappers(model, base.modules())
     try:
-        plan = _locate(model, base, family, config)
+        plan = _locate(model, base, family, config, saved.reach if saved else None)
     except AttributeError as error:
         raise TypeError(
             f"{type(base).__name__} is not built like a {family.name} model: {error}"
@@ -104,7 +124,7 @@ def make_plan(
             getattr(plan.chunked[0], CHUNK),
         )
     if config.num_global_tokens:
-        plan.global_rows = _global_rows(base, family, plan, config, tokenizer)
+        plan.global_rows = _global_rows(base, family, plan, config, tokenizer, saved)
     return plan
 
 
@@ -142,7 +162,9 @@ def _unpad_hindrance(base: nn.Module, family: Family, plan: Plan) -> str | None:
     return None
 
 
-def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig) -> Plan:
+def _locate(
+    model: nn.Module, base: nn.Module, family: Family, config: LSGConfig, saved_reach: int | None
+) -> Plan:
     embeddings = _find(base, family.embeddings)
 
     def table(name: str) -> nn.Module:
@@ -165,9 +187,16 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
         rotary = None
     positions = _positions(base, family, rotary)
     offset = 0 if positions is None else family.position_offset(positions)
-    reach = config.max_position_embeddings
+    reach, table_reach = config.max_position_embeddings, None
     if rotary is None and family.relative_bias is None and positions is not None:
-        reach = positions.num_embeddings - offset
+        reach = table_reach = positions.num_embeddings - offset
+        if saved_reach is not None:
+            if saved_reach > reach:
+                raise ValueError(
+                    f"the saved global tokens are spread over {saved_reach} positions (global_reach), "
+                    f"but the model has {reach}: it is another model's config, save the model again"
+                )
+            reach = table_reach = saved_reach
     # on a CPU whatever device new tensors are made on at the moment: they become numbers
     stride, device = config.global_positional_stride, torch.device("cpu")
     taken = global_positions(reach, stride, config.num_global_tokens, device)
@@ -188,6 +217,7 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
         positions=positions,
         rotary=rotary,
         global_positions=tuple(taken.tolist()),
+        global_reach=table_reach,
         first_token_rest=torch.stack(known).sum(0) if known else None,
         offset=offset,
         config_offset=offset if family.config_counts_offset else 0,
@@ -402,27 +432,39 @@ def _warn_of_unseen_tokens(plan: Plan, family: Family, config: LSGConfig) -> Non
 
 
 def _global_rows(
-    base: nn.Module, family: Family, plan: Plan, config: LSGConfig, tokenizer: Any
+    base: nn.Module,
+    family: Family,
+    plan: Plan,
+    config: LSGConfig,
+    tokenizer: Any,
+    saved: SavedGlobals | None,
 ) -> Tensor:
+    count, rows = config.num_global_tokens, None
+    if saved is not None and saved.rows is not None:
+        rows = _checked_rows(saved.rows, plan.words)[:count].clone()
+        plan.bos_id = saved.bos_id
+        if len(rows) == count:
+            return rows
     by_mask_token = not config.random_global_init
-    needs_mask = by_mask_token and config.num_global_tokens > 1
+    needs_mask = by_mask_token and count > 1
     config_of_model: Any = base.config
     bos_id, mask_id = find_token_ids(config_of_model, tokenizer, needs_mask)
     plan.bos_id = bos_id
     added = None
     if plan.positions is not None and plan.rotary is None:
-        added = value_of(plan.positions).detach()[plan.offset :].to(device_of(plan.words))
+        added = value_of(plan.positions).detach()[plan.offset :][: plan.global_reach]
+        added = added.to(device_of(plan.words))
     ids = [bos_id, *([] if mask_id is None else [mask_id])]
     if config.random_global_init:  # it asks for all of them, as they are numbered
         ids = list(range(getattr(plan.words, "num_embeddings", config_of_model.vocab_size)))
     with torch.no_grad():
         words = _looked_up(plan.words, ids)
     scale = compat.scale_of_looked_up_words(plan.embeddings)
-    return initial_rows(
+    new = initial_rows(
         words,
         added,
         plan.first_token_rest,
-        num_global_tokens=config.num_global_tokens,
+        num_global_tokens=count,
         stride=config.global_positional_stride,
         bos_id=ids.index(bos_id),
         mask_id=None if mask_id is None else ids.index(mask_id),
@@ -430,3 +472,16 @@ def _global_rows(
         random_init=config.random_global_init,
         seed=config.seed,
     )
+    return new if rows is None else torch.cat([rows, new[len(rows) :]])
+
+
+def _checked_rows(rows: Tensor, words: nn.Module) -> Tensor:
+    """Saved global tokens, of the type and on the device of the model's ``words``."""
+    with torch.no_grad():
+        word = _looked_up(words, [0])
+    if rows.dim() != 2 or rows.shape[1] != word.shape[1] or not rows.is_floating_point():
+        raise ValueError(
+            f"the saved global tokens are {rows.dtype} of shape {tuple(rows.shape)}, not floating-point "
+            f"rows (n, {word.shape[1]}): they are another model's, save it again"
+        )
+    return rows.to(word)

@@ -1,0 +1,265 @@
+"""Patched models that come back from where they were saved."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import transformers
+import wrapt
+from torch import Tensor
+
+from lsg_patch import compat
+from lsg_patch.config import KEY, LSGConfig, SavedPatch
+from lsg_patch.families import Family, family_of
+from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_loaded
+from lsg_patch.weights import Source
+
+ROWS = f"{GLOBAL_EMBEDDINGS}.weight"
+PATTERN = rf"(^|\.){GLOBAL_EMBEDDINGS}\.weight$"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of a checkpoint: other settings than the saved ones, and its global tokens by
+    their names, where they were read already.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+    rows: dict[str, Tensor] | None = None
+
+
+# transformers 5 replaces functions of its own while it loads: two at once leave them replaced
+_one_at_a_time = threading.RLock()
+# of a from_pretrained of ours that is under way
+_request: ContextVar[Request | None] = ContextVar("lsg_patch request", default=None)
+
+
+def from_pretrained(
+    path: str | os.PathLike[str], cls: Any = None, *, tokenizer: Any = None, **kwargs: Any
+) -> Any:
+    """Load a model that was saved patched, patched as it was saved.
+
+    It gives what the saved one gave, bit for bit. Nothing of the checkpoint is run: weights are
+    read from safetensors, or from pickles by ``weights_only=True``.
+
+    Args:
+        path: a folder that ``save_pretrained`` of a patched model wrote, or a repository of the hub.
+        cls: a class of transformers or one derived from it, or an Auto class. None: the one that was
+            saved (``config.architectures``).
+        tokenizer: as in ``patch_model``.
+        kwargs: settings, by their names in ``LSGConfig``, win over those that were saved. Of more
+            global tokens than were saved the rest is new, of fewer the first ones are taken; another
+            ``max_position_embeddings`` resizes as ``patch_model`` does. All others go to
+            ``cls.from_pretrained``: torch_dtype, device_map, subfolder, revision, ...
+
+    Returns:
+        The model, or what else ``cls.from_pretrained`` gives (``output_loading_info``).
+
+    Raises:
+        ValueError: it was not saved patched, by a newer release, or without its global tokens; a
+            setting or a file is wrong; code of the checkpoint is asked for (``trust_remote_code``).
+        OSError: there is no such checkpoint.
+    """
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError(
+            "trust_remote_code=True: no code of a checkpoint is run here; leave it out"
+        )
+    names = [setting.name for setting in fields(LSGConfig) if setting.name in kwargs]
+    settings = {name: kwargs.pop(name) for name in names}
+    source = Source.of(path, kwargs)
+    given: Any = kwargs.get("config")
+    stated = given.to_dict() if hasattr(given, "to_dict") else source.config()
+    patches = list(_saved_patches(stated))
+    if not patches:
+        raise ValueError(
+            f"{source.path!r} was not saved patched (its config has no {KEY!r}): load it with its own "
+            "from_pretrained, then lsg_patch.patch_model(model, ...)"
+        )
+    for values in patches:
+        SavedPatch.from_dict(values, **settings)
+    cls = _named_class(stated) if cls is None else cls
+    request = _request.set(Request(settings, tokenizer, source.read(_is_global)))
+    _switch.set(loads=1)
+    try:
+        with source.for_this_release() as place:
+            loaded = cls.from_pretrained(place, **kwargs)
+    finally:
+        _switch.set(loads=-1)
+        _request.reset(request)
+    if place != source.path:
+        _model_of(loaded).config.name_or_path = _model_of(loaded).name_or_path = source.path
+    if not is_patched(_model_of(loaded)):
+        raise ValueError(
+            f"{cls.__name__} has no place for the patch that was saved: pass another cls"
+        )
+    return loaded
+
+
+def _saved_patches(config: Any) -> Iterator[Any]:
+    """What a config as JSON says under ``KEY``, itself and what it is composed of."""
+    for name, value in config.items():
+        if name == KEY:
+            yield value
+        elif isinstance(value, dict):
+            yield from _saved_patches(value)
+
+
+def _named_class(config: dict[str, Any]) -> Any:
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        raise ValueError(
+            f"config.architectures={names!r} names no model of this transformers: pass cls, the class "
+            "of the model"
+        )
+    return cls
+
+
+def _is_global(name: str) -> bool:
+    return name == ROWS or name.endswith(f".{ROWS}")
+
+
+def _model_of(loaded: Any) -> Any:
+    """With ``output_loading_info`` a model comes with what is to be said of it."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
+
+
+def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``from_pretrained`` of transformers, and after it the patch that the model's config states."""
+    request = _request.get() or (Request() if _switch.is_on() else None)
+    if request is None:
+        return wrapped(*args, **kwargs)
+    with _one_at_a_time, compat.expecting(cls, PATTERN):
+        loaded = wrapped(*args, **kwargs)
+    model = _model_of(loaded)
+    if _states_patch(model.config):
+        path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        _patch_as_saved(model, path, kwargs, request)
+    return loaded
+
+
+def _states_patch(config: Any) -> bool:
+    """Whether it does, or one of the configs that it is composed of."""
+    parts = (config, *vars(config).values())
+    return any(KEY in getattr(part, "__dict__", ()) for part in parts)
+
+
+def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Request) -> None:
+    rows = request.rows
+    for name, base in list(model.named_modules()):
+        values = getattr(vars(base).get("config"), "__dict__", {}).get(KEY)
+        family = family_of(base) if values is not None else None
+        if family is None:
+            continue
+        saved = SavedPatch.from_dict(values, **request.settings)
+        rows = _read(model, path, given) if rows is None else rows
+        patch_loaded(
+            model if model.config is base.config else base,
+            saved.config,
+            global_rows=_rows_of(rows, name, family, SavedPatch.from_dict(values).config),
+            global_reach=saved.global_reach,
+            bos_id=saved.bos_id,
+            tokenizer=request.tokenizer,
+        )
+
+
+def _read(model: Any, path: Any, given: dict[str, Any]) -> dict[str, Tensor]:
+    """Global tokens of the checkpoint that ``model`` was loaded from."""
+    if given.get("state_dict") is not None:
+        return {name: value for name, value in given["state_dict"].items() if _is_global(name)}
+    found: dict[str, Tensor] = {}
+    # an adapter's folder has none, its base has
+    for place in (path, model.name_or_path):
+        if place and not found:
+            found = Source.of(place, given).read(_is_global)
+    return found
+
+
+def _rows_of(rows: dict[str, Tensor], base: str, family: Family, saved: LSGConfig) -> Tensor | None:
+    """Of the global tokens in a checkpoint those of the model ``base``, which may be in another head."""
+    if saved.num_global_tokens == 0:
+        return None
+    place = f"{family.embeddings}.{ROWS}"
+    exact = f"{base}.{place}" if base else place
+    fitting = [name for name in rows if name == place or name.endswith(f".{place}")]
+    fitting = [exact] if exact in rows else fitting
+    if len(fitting) != 1:
+        raise ValueError(
+            f"the checkpoint has {len(fitting)} weights *.{place}, one is needed: a model that was saved "
+            "patched and loaded without lsg_patch was saved without its global tokens. Load it with "
+            "its own from_pretrained, auto patching off, then lsg_patch.patch_model(model, ...)"
+        )
+    found = rows[fitting[0]]
+    if found.dim() != 2 or len(found) < saved.num_global_tokens:
+        raise ValueError(
+            f"{fitting[0]} of the checkpoint is of shape {tuple(found.shape)}, its config says "
+            f"num_global_tokens={saved.num_global_tokens}: save it again"
+        )
+    return found
+
+
+class _Switch:
+    """Whether models come back patched from every ``from_pretrained`` of this process.
+
+    The wrapper is in place while there is need of it: for the process, for blocks of
+    ``auto_patching``, or for our own loads, of which others' loads at the time know nothing.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.for_process = False
+        self.blocks = self.loads = 0
+        self.installed: Any = None
+
+    def is_on(self) -> bool:
+        return self.for_process or self.blocks > 0
+
+    def set(self, for_process: bool | None = None, blocks: int = 0, loads: int = 0) -> None:
+        owner: Any = transformers.PreTrainedModel
+        with self.lock:
+            self.for_process = self.for_process if for_process is None else for_process
+            self.blocks += blocks
+            self.loads += loads
+            needed, own = self.is_on() or self.loads > 0, vars(owner)["from_pretrained"]
+            if needed and self.installed is None:
+                self.installed = wrapt.FunctionWrapper(own, _load)
+                owner.from_pretrained = self.installed
+            # below another wrapper it stays, and does nothing
+            elif not needed and own is self.installed:
+                owner.from_pretrained = own.__wrapped__
+                self.installed = None
+
+
+_switch = _Switch()
+
+
+def enable_auto_patching() -> None:
+    """From now on every ``from_pretrained`` of transformers gives what was saved patched patched.
+
+    Also where it is called by a pipeline, SentenceTransformer or PEFT, and in all threads. Other
+    checkpoints load as ever. Enabled twice is enabled once.
+    """
+    _switch.set(for_process=True)
+
+
+def disable_auto_patching() -> None:
+    """Take ``enable_auto_patching`` back; ``from_pretrained`` is what it was."""
+    _switch.set(for_process=False)
+
+
+@contextmanager
+def auto_patching() -> Iterator[None]:
+    """``enable_auto_patching`` for the time of a ``with`` block, which may be inside of another."""
+    _switch.set(blocks=1)
+    try:
+        yield
+    finally:
+        _switch.set(blocks=-1)
