@@ -9,31 +9,41 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class RequireGlobalTokens:
-    """A hook before the base model loads a state dict: one without global tokens is refused.
+class CheckStateDict:
+    """A hook before a patched base model loads a state dict, which refuses one of an unpatched model.
 
-    It is that of an unpatched model, perhaps of one that was made from a patched one's checkpoint
-    and dropped them. PyTorch would find them missing only after everything else was loaded. With
-    ``strict=False`` they may be missing, as everything may.
+    That is one that has everything but the global tokens: perhaps of a model that was loaded from the
+    checkpoint of a patched one, and dropped them. PyTorch finds out what does not fit when it has
+    loaded the rest, and does not tell hooks whether it is strict. A part of a state dict may lack
+    global tokens.
 
     Attributes:
         name: of the global tokens.
+        tables: the names of the weights whose lengths a patch changed.
     """
 
     name: str
+    tables: tuple[str, ...]
 
     def __call__(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *found: Any
+        self, base: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
     ) -> None:
-        of_model = [key for key in state_dict if key.startswith(prefix)]
-        if strict and of_model and not any(f".{self.name}." in f".{key}" for key in of_model):
+        own = {prefix + name: parameter for name, parameter in base.named_parameters()}
+        missing = own.keys() - state_dict.keys()
+        if missing and all(f".{self.name}." in f".{name}" for name in missing):
             raise RuntimeError(
-                f"nothing was loaded: the state dict has no {self.name}, so it is of a model that is not "
-                "patched. If that was made from the checkpoint of a patched one, trained global tokens "
-                "were dropped on the way: load the checkpoint's file itself (safetensors.torch.load_file), "
-                "here or into the other model once it is patched. strict=False keeps the global tokens "
-                "that this model has"
+                f"nothing was loaded: the state dict has no {min(missing)}, so it is of a model that is "
+                "not patched. If that was made from the checkpoint of a patched one, trained global tokens "
+                "were dropped on the way: load the checkpoint's file itself (safetensors.torch.load_file). "
+                "To keep the global tokens that this model has, load {**model.state_dict(), **state_dict}"
             )
+        for name in own.keys() & {prefix + table for table in self.tables} - missing:
+            rows, loaded = own[name].shape[0], state_dict[name].shape[0]
+            if rows != loaded:
+                raise RuntimeError(
+                    f"nothing was loaded: {name} has {loaded} rows in the state dict and {rows} in the "
+                    "model: patch the model with the max_position_embeddings that the state dict's had"
+                )
 
 
 def check_adapters(model: nn.Module, name: str) -> None:

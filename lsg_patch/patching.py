@@ -17,7 +17,7 @@ from lsg_patch.config import LSGConfig
 from lsg_patch.families import FAMILIES, Family, find_base
 from lsg_patch.holders import Holder, module_of, owners_of, set_limits, tokenizer_in
 from lsg_patch.hooking import hook_edges
-from lsg_patch.loading import RequireGlobalTokens, check_adapters
+from lsg_patch.loading import CheckStateDict, check_adapters
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.layer import swap_layer, swap_row_wise
 from lsg_patch.modules.link import Link
@@ -312,9 +312,11 @@ def _apply(
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
         journal.set_attribute(plan.embeddings, "lsg_self", Link(plan.embeddings))
-        check = RequireGlobalTokens(GLOBAL_EMBEDDINGS)
-        journal.record(HookAdded(base._register_load_state_dict_pre_hook(check)))
     hook_edges(base, family, plan, config, journal)
+    changed = {table.weight for tables in plan.tables for table in tables}
+    names = tuple(name for name, parameter in base.named_parameters() if parameter in changed)
+    check = CheckStateDict(GLOBAL_EMBEDDINGS, names)
+    journal.record(HookAdded(base._register_load_state_dict_pre_hook(check, with_module=True)))
 
 
 def _patches(model: nn.Module | Holder) -> list[tuple[nn.Module, Patch]]:
