@@ -58,8 +58,8 @@ def tokenizer_in(owner: Any) -> Any:
 
 def set_limits(
     owners: list[Any], tokenizer: Any, length: int, readable: int | None, journal: Journal
-) -> None:
-    """Let ``owners``, and a ``tokenizer`` that was given, truncate at ``length`` tokens.
+) -> bool:
+    """Let ``owners``, and a ``tokenizer`` that was given, truncate at ``length`` tokens; whether any can.
 
     An owner carries the record of it, so that a copy of it has that of its own tokenizer.
 
@@ -81,12 +81,6 @@ def set_limits(
             change.put(length)
             shown = type(target if owner is None else owner).__name__
             logger.info("%s of %s is %d instead of %s", name, shown, length, change.old)
-    if not reached:
-        logger.warning(
-            "no tokenizer was given, and the model holds none: its inputs may go on being truncated "
-            "elsewhere, at a tokenizer's model_max_length; tokenizer= raises that to %d",
-            length,
-        )
     chosen = [text for owner in owners for text in _chosen(owner, vars(owner), length)]
     if chosen:
         logger.warning(
@@ -94,6 +88,7 @@ def set_limits(
             ", ".join(chosen),
             length,
         )
+    return bool(reached)
 
 
 def _record_on(owner: Any, journal: Journal) -> Journal:

@@ -209,10 +209,18 @@ def _patch(
             _apply(base, family, config, plan, patch)
             stated = patch.stated_length
             readable = None if stated is None else stated - plan.config_offset
-            set_limits(owners, tokenizer, length, readable, patch)
+            limited = set_limits(owners, tokenizer, length, readable, patch)
         except BaseException:
             patch.undo()
             raise
+    if (
+        not limited and saved is None
+    ):  # who loads a model that is patched, loads its tokenizer as well
+        logger.warning(
+            "no tokenizer was given, and the model holds none: its inputs may go on being truncated "
+            "elsewhere, at a tokenizer's model_max_length; tokenizer= raises that to %d",
+            length,
+        )
     logger.info(
         "patched %s: %d attention modules, %d positions, %d global tokens",
         type(base).__name__,
