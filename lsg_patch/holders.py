@@ -66,14 +66,14 @@ def set_limits(
     Args:
         readable: how many tokens the unpatched model reads; None: any number.
     """
-    reached: list[tuple[Any, str]] = []
+    found = False
     for owner in (*owners, None):
         source = tokenizer if owner is None else tokenizer_in(owner)
         for target, name in _limits_of(owner, source):
-            if any(target is other and name == its for other, its in reached):
-                continue
-            reached.append((target, name))
+            found = True
             change = LimitSet(target, name, _get(target, name), length, readable)
+            if change.old == length:
+                continue
             if owner is None:
                 journal.record(Outside(change))
             else:
@@ -88,7 +88,7 @@ def set_limits(
             ", ".join(chosen),
             length,
         )
-    return bool(reached)
+    return bool(found)
 
 
 def _record_on(owner: Any, journal: Journal) -> Journal:
@@ -111,7 +111,7 @@ def _limits_of(owner: Any, tokenizer: Any) -> Iterator[tuple[Any, str]]:
             yield owner, name
     parameters = own.get("_preprocess_params")
     if isinstance(parameters, dict) and getattr(tokenizer, "is_fast", False):
-        # question answering cuts a text to windows of 384 tokens unless it is told a length (4.x);
+        # question answering cuts a text to windows of 384 tokens unless it is told a length;
         # with a slow tokenizer it would pad to that length
         takes = inspect.signature(owner.preprocess).parameters
         if "max_seq_len" in takes and "max_seq_len" not in parameters:

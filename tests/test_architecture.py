@@ -27,6 +27,8 @@ FORBIDDEN = {
     "modules": ("transformers", "plan", "patching", "tokenizer"),
     "plan.py": ("patching", "cli", "demo"),
     "hooking.py": ("patching", "cli", "demo"),
+    "holders.py": ("transformers", "families", "modules", "plan", "patching"),
+    "loading.py": ("transformers", "families", "modules", "plan", "patching"),
     "patching.py": ("checkpoints", "weights", "cli", "demo", "memory"),
     "checkpoints.py": ("cli", "demo", "memory"),
     "weights.py": ("transformers", "checkpoints", "patching", "plan", "cli", "demo"),
