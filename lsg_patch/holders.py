@@ -81,7 +81,7 @@ def set_limits(
             change.put(length)
             shown = type(target if owner is None else owner).__name__
             logger.info("%s of %s is %d instead of %s", name, shown, length, change.old)
-    if not reached:
+    if not reached and length != readable:  # else a limit is what it was, or as it was saved
         logger.warning(
             "no tokenizer was given, and the model holds none: its inputs may go on being truncated "
             "elsewhere, at a tokenizer's model_max_length; tokenizer= raises that to %d",
