@@ -88,7 +88,7 @@ def set_limits(
             ", ".join(chosen),
             length,
         )
-    return bool(found)
+    return found
 
 
 def _record_on(owner: Any, journal: Journal) -> Journal:
