@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 import transformers
 import wrapt
 from torch import Tensor, nn
@@ -17,9 +20,15 @@ from torch import Tensor, nn
 from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import Family, family_of
+from lsg_patch.inspection import check_config, check_loaded, check_stored
 from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_loaded
+from lsg_patch.published import as_ours, is_published
 from lsg_patch.weights import Source
 
+logger = logging.getLogger(__name__)
+_INFO = "output_loading_info"
+# keywords of a load that configs have attributes of too
+_OF_THE_LOAD = ("torch_dtype", "dtype", "attn_implementation", "quantization_config")
 ROWS = f"{GLOBAL_EMBEDDINGS}.weight"
 PATTERN = rf"(^|\.){GLOBAL_EMBEDDINGS}\.weight$"
 
@@ -74,27 +83,85 @@ def from_pretrained(
     source = Source.of(path, kwargs)
     given: Any = kwargs.get("config")
     stated = given.to_dict() if hasattr(given, "to_dict") else source.config()
+    published = is_published(stated)
+    if published:
+        stated, settings = as_ours(stated, **settings), {}
     patches = list(_saved_patches(stated))
-    if not patches:
+    if not patches and not published:
         raise ValueError(
             f"{source.path!r} was not saved patched (its config has no {KEY!r}): load it with its own "
             "from_pretrained, then lsg_patch.patch_model(model, ...)"
         )
     for values in patches:
         SavedPatch.from_dict(values, **settings)
-    cls = _named_class(stated) if cls is None else cls
+    named = cls is None
+    cls = _named_class(stated) if named else cls
+    config_class = _config_class(stated, cls)
+    stored = source.stored()
+    check_stored(stored, quantized="quantization_config" in stated)
+    check_config(stated, _default(config_class), stored)
+    place: Any = path
+    if published or not source.is_read_by_transformers(stored):
+        kwargs["config"] = _config_of(stated, config_class, kwargs)
+        kwargs["config"].name_or_path = source.path
+    if not source.is_read_by_transformers(stored):
+        place, kwargs["state_dict"] = None, source.state_dict(_own_prefix(cls, config_class))
+    resized, told = kwargs.pop("ignore_mismatched_sizes", False), kwargs.pop(_INFO, False)
     request = _request.set(Request(settings, tokenizer, source.read(_is_global)))
     _switch.set(loads=1)
     try:
-        loaded = cls.from_pretrained(path, **kwargs)
+        model, info = cls.from_pretrained(
+            place, **kwargs, **{_INFO: True}, ignore_mismatched_sizes=True
+        )
+    except (OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{source.path!r} does not load as {cls.__name__}: {type(error).__name__}: {error}. Correct "
+            "the keywords or config.json, or save or fetch the checkpoint again"
+        ) from error
     finally:
         _switch.set(loads=-1)
         _request.reset(request)
-    if not is_patched(_model_of(loaded)):
+    whole = named or [type(model).__name__] == stated.get("architectures")
+    check_loaded(source.path, model, info, whole, resized)
+    if not patches:
+        logger.warning("%s is a decoder alone: there is nothing to patch", type(model).__name__)
+    elif not is_patched(model):
         raise ValueError(
             f"{cls.__name__} has no place for the patch that was saved: pass another cls"
         )
-    return loaded
+    return (model, info) if told else model
+
+
+def _config_class(stated: Mapping[str, Any], cls: Any) -> Any:
+    """The class of the config that ``cls`` takes, an Auto class by what the config says."""
+    kind, known = stated.get("model_type"), transformers.CONFIG_MAPPING
+    found = getattr(cls, "config_class", None)
+    if found is None and isinstance(kind, str) and kind in known:
+        found = known[kind]
+    if found is None or found.model_type != kind:
+        raise ValueError(
+            f"config.json has model_type={kind!r}, which is not one that {cls.__name__} of this "
+            "transformers loads, and code of a checkpoint is not run: pass another cls"
+        )
+    return found
+
+
+def _default(config_class: Any) -> Any:
+    try:
+        return config_class()
+    except Exception:  # what is composed of others has no default
+        return SimpleNamespace()
+
+
+def _config_of(stated: Mapping[str, Any], config_class: Any, kwargs: dict[str, Any]) -> Any:
+    """A config object; those of ``kwargs`` that are attributes of it go into it, as transformers does."""
+    config = config_class.from_dict(dict(stated))
+    kwargs.pop("config", None)
+    for name in [name for name in kwargs if hasattr(config, name) and name not in _OF_THE_LOAD]:
+        setattr(config, name, kwargs.pop(name))
+    return config
 
 
 def _saved_patches(config: Any) -> Iterator[Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lsg_patch import compat
+from lsg_patch.inspection import Stored
 
 # what says where on the hub a file is to be found
 HUB_NAMES = (
@@ -98,12 +100,20 @@ class Source:
             safe = file.endswith(".safetensors")
             if safe and names is not None and not any(map(wanted, names)):
                 continue
-            try:
+            with _readable(file):
                 found.update(_read(file, wanted))
-            except Exception as error:
-                raise ValueError(
-                    f"{file} cannot be read as weights: {error}. Save or fetch it again"
-                ) from error
+        return found
+
+    def stored(self) -> dict[str, Stored]:
+        """All weights as the files describe them, by name.
+
+        Raises:
+            ValueError: as ``read``.
+        """
+        found: dict[str, Stored] = {}
+        for file in self.weights():
+            with _readable(file):
+                found.update(_described(file))
         return found
 
     def _shard(self, index: str, name: str) -> str:
@@ -149,10 +159,43 @@ def _read(file: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         with safe_open(file, "pt") as tensors:
             names: list[str] = tensors.keys()
             return {name: tensors.get_tensor(name) for name in names if wanted(name)}
-    # of a file as torch writes it since 1.6 only what is asked for comes into memory
+    return {name: value.clone() for name, value in _unpickled(file).items() if wanted(name)}
+
+
+def _described(file: str) -> dict[str, Stored]:
+    if not file.endswith(".safetensors"):
+        return {
+            name: Stored(file, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+            for name, value in _unpickled(file).items()
+        }
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {
+            name: Stored(file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), "another"))
+            for name, part in slices.items()
+        }
+
+
+# names of safetensors, and torch's
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def _unpickled(file: str) -> dict[str, Tensor]:
+    """The tensors in a file of torch; of one as it writes it since 1.6 nothing is in memory yet."""
     loaded = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    return {
-        name: value.clone()
-        for name, value in loaded.items()
-        if wanted(name) and isinstance(value, Tensor)
-    }
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
+    return loaded  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _readable(file: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{file} cannot be read as weights: {error}. Save or fetch it again"
+        ) from error
