@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from lsg_patch.families import Family, family_of
 from lsg_patch.inspection import check_config, check_loaded, check_stored
 from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_loaded
 from lsg_patch.published import as_ours, is_published
-from lsg_patch.weights import Source
+from lsg_patch.weights import OF_SOURCE, Source, is_read_by_transformers
 
 logger = logging.getLogger(__name__)
 _INFO = "output_loading_info"
@@ -100,19 +100,17 @@ def from_pretrained(
     stored = source.stored()
     check_stored(stored, quantized="quantization_config" in stated)
     check_config(stated, _default(config_class), stored)
-    place: Any = path
-    if published or not source.is_read_by_transformers(stored):
+    readable = is_read_by_transformers(stored)
+    if published or not readable:
         kwargs["config"] = _config_of(stated, config_class, kwargs)
-        kwargs["config"].name_or_path = source.path
-    if not source.is_read_by_transformers(stored):
-        place, kwargs["state_dict"] = None, source.state_dict(_own_prefix(cls, config_class))
     resized, told = kwargs.pop("ignore_mismatched_sizes", False), kwargs.pop(_INFO, False)
     request = _request.set(Request(settings, tokenizer, source.read(_is_global)))
     _switch.set(loads=1)
     try:
-        model, info = cls.from_pretrained(
-            place, **kwargs, **{_INFO: True}, ignore_mismatched_sizes=True
-        )
+        with source.rewritten(_prefix(cls, config_class)) if not readable else nullcontext(path) as place:
+            kwargs = kwargs if readable else {k: v for k, v in kwargs.items() if k not in OF_SOURCE}
+            more = {_INFO: True, "ignore_mismatched_sizes": True}
+            model, info = cls.from_pretrained(place, **kwargs, **more)
     except (OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
@@ -123,6 +121,7 @@ def from_pretrained(
     finally:
         _switch.set(loads=-1)
         _request.reset(request)
+    model.config.name_or_path = model.name_or_path = source.path
     whole = named or [type(model).__name__] == stated.get("architectures")
     check_loaded(source.path, model, info, whole, resized)
     if not patches:
@@ -146,6 +145,13 @@ def _config_class(stated: Mapping[str, Any], cls: Any) -> Any:
             "transformers loads, and code of a checkpoint is not run: pass another cls"
         )
     return found
+
+
+def _prefix(cls: Any, config_class: Any) -> str:
+    """Of the names of a base model's weights in a model with a head."""
+    known = hasattr(cls, "base_model_prefix")
+    prefix: str = (cls if known else transformers.MODEL_MAPPING[config_class]).base_model_prefix
+    return prefix
 
 
 def _default(config_class: Any) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,6 +29,19 @@ HUB_NAMES = (
     "token",
     "use_auth_token",
 )
+
+
+# keywords of a load that say which files of it are read
+OF_SOURCE = (*HUB_NAMES, "variant", "use_safetensors")
+# of the names of weights; published checkpoints have that of transformers
+OF_REFERENCE = r"lsg\."
+
+
+def is_read_by_transformers(stored: Mapping[str, Stored]) -> bool:
+    """Whether ``from_pretrained`` itself finds all of these weights."""
+    is_safe = any(weight.file.endswith(".safetensors") for weight in stored.values())
+    renamed = any(re.match(OF_REFERENCE, name) for name in stored)
+    return not renamed and (compat.reads_safetensors() or not is_safe)
 
 
 @dataclass(frozen=True)
@@ -72,8 +87,8 @@ class Source:
             ValueError: the index of the files is wrong or names one that is not there.
         """
         kinds = ["model.safetensors"] if self.use_safetensors is not False else []
-        kinds = kinds if compat.reads_safetensors() else []
         kinds += ["pytorch_model.bin"] if not self.use_safetensors else []
+        kinds = kinds if compat.reads_safetensors() else kinds[::-1]
         for kind in kinds:
             stem, end = kind.rsplit(".", 1)
             name = f"{stem}.{self.variant}.{end}" if self.variant else kind
@@ -115,6 +130,18 @@ class Source:
             with _readable(file):
                 found.update(_described(file))
         return found
+
+    @contextmanager
+    def rewritten(self, prefix: str) -> Iterator[str]:
+        """A folder of the same weights as every transformers reads them, for a while.
+
+        ``prefix`` of their names stands where the reference has its own.
+        """
+        read = self.read(lambda name: True)
+        named = {re.sub(f"^{OF_REFERENCE}", f"{prefix}.", name): x for name, x in read.items()}
+        with TemporaryDirectory() as folder:
+            torch.save(named, os.path.join(folder, "pytorch_model.bin"))
+            yield folder
 
     def _shard(self, index: str, name: str) -> str:
         file = self.find(name)
