@@ -109,8 +109,12 @@ def from_pretrained(
     try:
         with source.rewritten(_prefix(cls, config_class)) if not readable else nullcontext(path) as place:
             kwargs = kwargs if readable else {k: v for k, v in kwargs.items() if k not in OF_SOURCE}
-            more = {_INFO: True, "ignore_mismatched_sizes": True}
-            model, info = cls.from_pretrained(place, **kwargs, **more)
+            # what is of another shape is refused below, with its name
+            several = len({weight.file for weight in stored.values()}) > 1
+            ignored = resized or not several or compat.reads_safetensors()
+            model, info = cls.from_pretrained(
+                place, **kwargs, **{_INFO: True}, ignore_mismatched_sizes=ignored
+            )
     except (OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:

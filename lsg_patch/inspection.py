@@ -71,7 +71,7 @@ def _kinds(name: str, default: Any) -> tuple[type, ...]:
         return int, list
     if name in _ALSO_WORDS or type(default) not in (bool, int, float, str, list, dict):
         return ()
-    return (float, int) if type(default) is float else (type(default),)
+    return (int, float) if type(default) in (int, float) else (type(default),)
 
 
 def check_stored(stored: Mapping[str, Stored], quantized: bool) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lsg_patch
+from lsg_patch.published import NAMES
 from tests import golden, models, published, seq2seq
 from tests.golden import SEQ2SEQ
 from tests.parity.test_model_golden import feed_drawn, inputs, patched_model
@@ -109,6 +110,41 @@ def test_every_family_and_head(entry: golden.Entry, task: str | None, tmp_path: 
     else:
         compare(output, expected, mask, tolerance)
     assert not (tmp_path / "saved" / "RAN").exists()
+
+
+ENCODERS = [
+    (name, cls) for name in NAMES if name not in SEQ2SEQ for cls in models.model_classes(name)
+]
+HEADS = [
+    *((name, cls, False) for name, cls in ENCODERS),
+    *((name, cls, False) for name in SEQ2SEQ for cls in seq2seq.model_classes(name)),
+    # language models of an encoder's family are decoders if they are told so
+    *((name, cls, True) for name, cls in ENCODERS if cls.__name__.endswith(("CausalLM", "LMHeadModel"))),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "cls", "is_decoder"), HEADS, ids=lambda x: getattr(x, "__name__", str(x))
+)
+def test_every_head_that_there_is(
+    family: str, cls: type[Any], is_decoder: bool, tmp_path: Path
+) -> None:
+    settings = {"block_size": 16, "sparse_block_size": 16, "num_global_tokens": 2}
+    mask = models.right_padded(90, 55)
+    if family in SEQ2SEQ:
+        source = seq2seq.tiny_model(family, cls.__name__.removeprefix(seq2seq.FAMILIES[family][0]))
+        run, ids = seq2seq.run, seq2seq.ids_like(mask)
+    else:
+        source = models.tiny_model(family, cls, is_decoder=is_decoder)
+        run, ids = models.run, models.ids_like(mask, family)
+    lsg_patch.patch_model(
+        source, max_position_embeddings=100, pass_global_tokens_to_decoder=family in SEQ2SEQ, **settings
+    )
+    loaded = lsg_patch.from_pretrained(published.write(source, tmp_path)).eval()
+    assert type(loaded) is cls
+    expected, actual = run(source, ids, mask), run(loaded, ids, mask)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("entry", [e for e in golden.entries("model")][::9], ids=lambda e: e["name"])
