@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 import wrapt
-from torch import Tensor, nn
+from torch import Tensor
 
 from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
@@ -23,7 +23,7 @@ from lsg_patch.families import Family, family_of
 from lsg_patch.inspection import check_config, check_loaded, check_stored
 from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_loaded
 from lsg_patch.published import as_ours, is_published
-from lsg_patch.weights import OF_SOURCE, Source, is_read_by_transformers
+from lsg_patch.weights import OF_SOURCE, Source
 
 logger = logging.getLogger(__name__)
 _INFO = "output_loading_info"
@@ -100,15 +100,15 @@ def from_pretrained(
     stored = source.stored()
     check_stored(stored, quantized="quantization_config" in stated)
     check_config(stated, _default(config_class), stored)
-    readable = is_read_by_transformers(stored)
-    if published or not readable:
+    if published:
         kwargs["config"] = _config_of(stated, config_class, kwargs)
     resized, told = kwargs.pop("ignore_mismatched_sizes", False), kwargs.pop(_INFO, False)
     request = _request.set(Request(settings, tokenizer, source.read(_is_global)))
     _switch.set(loads=1)
     try:
-        with source.rewritten(_prefix(cls, config_class)) if not readable else nullcontext(path) as place:
-            kwargs = kwargs if readable else {k: v for k, v in kwargs.items() if k not in OF_SOURCE}
+        with source.for_this_release(stored, _prefix(cls, config_class)) as place:
+            if place != source.path:
+                kwargs = {name: x for name, x in kwargs.items() if name not in OF_SOURCE}
             # what is of another shape is refused below, with its name
             several = len({weight.file for weight in stored.values()}) > 1
             ignored = resized or not several or compat.reads_safetensors()
@@ -125,7 +125,8 @@ def from_pretrained(
     finally:
         _switch.set(loads=-1)
         _request.reset(request)
-    model.config.name_or_path = model.name_or_path = source.path
+    if place != source.path:
+        model.config.name_or_path = model.name_or_path = source.path
     whole = named or [type(model).__name__] == stated.get("architectures")
     check_loaded(source.path, model, info, whole, resized)
     if not patches:
@@ -199,10 +200,9 @@ def _is_global(name: str) -> bool:
     return name == ROWS or name.endswith(f".{ROWS}")
 
 
-def _model_of(loaded: Any) -> nn.Module:
+def _model_of(loaded: Any) -> Any:
     """With ``output_loading_info`` a model comes with what is to be said of it."""
-    model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
-    return model
+    return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
 def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -212,7 +212,7 @@ def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return wrapped(*args, **kwargs)
     with compat.expecting(cls, PATTERN):
         loaded = wrapped(*args, **kwargs)
-    model: Any = _model_of(loaded)
+    model = _model_of(loaded)
     if _states_patch(model.config):
         path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         _patch_as_saved(model, path, kwargs, request)

@@ -335,7 +335,7 @@ def hub_file(repository: str, name: str, **where: Any) -> str | None:
         # before 4.22
         place = {key: where.pop(key) for key in ("revision", "subfolder") if key in where}
         return str(utils.cached_path(utils.hf_bucket_url(repository, name, **place), **where))
-    except OSError:
+    except (OSError, ValueError):  # the latter of a name that no repository can have
         return None
 
 

@@ -85,7 +85,7 @@ def check_stored(stored: Mapping[str, Stored], quantized: bool) -> None:
     for name, weight in stored.items():
         if not quantized and weight.dtype not in _FLOATS and not _INDICES.search(name):
             raise ValueError(
-                f"{weight.file} has {name} as {weight.dtype}, weights are float16, bfloat16, float32 or "
+                f"{weight.file} has {name} as torch.{weight.dtype}, weights are float16, bfloat16, float32 or "
                 f"float64: {_MEND}"
             )
 
@@ -118,7 +118,9 @@ def check_loaded(
     found = {
         "lacks": missing - tied,
         "has no place in the model for": set(info["unexpected_keys"]),
-        "has of another shape": () if resized else {_named(item) for item in info["mismatched_keys"]},
+        "has of another shape": ()
+        if resized
+        else {_named(item) for item in info["mismatched_keys"]},
     }
     for what, names in found.items():
         wrong = sorted(name for name in names if _counts(name, parts, whole))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePath
-from tempfile import TemporaryDirectory
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from lsg_patch import compat
 from lsg_patch.inspection import Stored
 
+SAFE = ".safetensors"
 # what says where on the hub a file is to be found
 HUB_NAMES = (
     "cache_dir",
@@ -29,19 +29,10 @@ HUB_NAMES = (
     "token",
     "use_auth_token",
 )
-
-
 # keywords of a load that say which files of it are read
 OF_SOURCE = (*HUB_NAMES, "variant", "use_safetensors")
-# of the names of weights; published checkpoints have that of transformers
-OF_REFERENCE = r"lsg\."
-
-
-def is_read_by_transformers(stored: Mapping[str, Stored]) -> bool:
-    """Whether ``from_pretrained`` itself finds all of these weights."""
-    is_safe = any(weight.file.endswith(".safetensors") for weight in stored.values())
-    renamed = any(re.match(OF_REFERENCE, name) for name in stored)
-    return not renamed and (compat.reads_safetensors() or not is_safe)
+# before the names of a base model's weights; published checkpoints have that of transformers
+OF_REFERENCE = "lsg."
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,8 @@ class Source:
         file = self.find("config.json")
         if file is None:
             raise OSError(
-                f"{self.path!r} has no config.json: name the folder or repository of a model"
+                f"{self.path!r} has no config.json, or it is not to be had: name the folder or the "
+                "repository of a model"
             )
         return _json(file)
 
@@ -88,7 +80,8 @@ class Source:
         """
         kinds = ["model.safetensors"] if self.use_safetensors is not False else []
         kinds += ["pytorch_model.bin"] if not self.use_safetensors else []
-        kinds = kinds if compat.reads_safetensors() else kinds[::-1]
+        if not compat.reads_safetensors():
+            kinds.reverse()
         for kind in kinds:
             stem, end = kind.rsplit(".", 1)
             name = f"{stem}.{self.variant}.{end}" if self.variant else kind
@@ -112,7 +105,7 @@ class Source:
         found: dict[str, Tensor] = {}
         for file, names in self.weights().items():
             # of pickles every one is looked at, before others load it
-            safe = file.endswith(".safetensors")
+            safe = file.endswith(SAFE)
             if safe and names is not None and not any(map(wanted, names)):
                 continue
             with _readable(file):
@@ -132,15 +125,25 @@ class Source:
         return found
 
     @contextmanager
-    def rewritten(self, prefix: str) -> Iterator[str]:
-        """A folder of the same weights as every transformers reads them, for a while.
+    def for_this_release(self, stored: Mapping[str, Stored], prefix: str) -> Iterator[str]:
+        """The path for ``from_pretrained``; a copy, where it could not read these files (before 4.22).
 
-        ``prefix`` of their names stands where the reference has its own.
+        Nor by their names: ``prefix`` is to stand where they begin with ``OF_REFERENCE``.
         """
-        read = self.read(lambda name: True)
-        named = {re.sub(f"^{OF_REFERENCE}", f"{prefix}.", name): x for name, x in read.items()}
-        with TemporaryDirectory() as folder:
-            torch.save(named, os.path.join(folder, "pytorch_model.bin"))
+        safe = any(weight.file.endswith(SAFE) for weight in stored.values())
+        renamed = any(name.startswith(OF_REFERENCE) for name in stored)
+        if not renamed and (compat.reads_safetensors() or not safe):
+            yield self.path
+            return
+        weights = {
+            f"{prefix}.{name.removeprefix(OF_REFERENCE)}"
+            if name.startswith(OF_REFERENCE)
+            else name: x
+            for name, x in self.read(lambda name: True).items()
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(self.config()), "utf-8")
+            torch.save(weights, Path(folder, "pytorch_model.bin"))
             yield folder
 
     def _shard(self, index: str, name: str) -> str:
@@ -180,7 +183,7 @@ def _shards(index: str) -> dict[str, list[str]]:
 
 
 def _read(file: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    if file.endswith(".safetensors"):
+    if file.endswith(SAFE):
         from safetensors import safe_open
 
         with safe_open(file, "pt") as tensors:
@@ -200,13 +203,15 @@ def _described(file: str) -> dict[str, Stored]:
     with safe_open(file, "pt") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
         return {
-            name: Stored(file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), "another"))
+            name: Stored(
+                file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
+            )
             for name, part in slices.items()
         }
 
 
 # names of safetensors, and torch's
-_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "I64": "int64"}
 
 
 def _unpickled(file: str) -> dict[str, Tensor]:

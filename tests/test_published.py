@@ -119,7 +119,11 @@ HEADS = [
     *((name, cls, False) for name, cls in ENCODERS),
     *((name, cls, False) for name in SEQ2SEQ for cls in seq2seq.model_classes(name)),
     # language models of an encoder's family are decoders if they are told so
-    *((name, cls, True) for name, cls in ENCODERS if cls.__name__.endswith(("CausalLM", "LMHeadModel"))),
+    *(
+        (name, cls, True)
+        for name, cls in ENCODERS
+        if cls.__name__.endswith(("CausalLM", "LMHeadModel"))
+    ),
 ]
 
 
@@ -138,7 +142,10 @@ def test_every_head_that_there_is(
         source = models.tiny_model(family, cls, is_decoder=is_decoder)
         run, ids = models.run, models.ids_like(mask, family)
     lsg_patch.patch_model(
-        source, max_position_embeddings=100, pass_global_tokens_to_decoder=family in SEQ2SEQ, **settings
+        source,
+        max_position_embeddings=100,
+        pass_global_tokens_to_decoder=family in SEQ2SEQ,
+        **settings,
     )
     loaded = lsg_patch.from_pretrained(published.write(source, tmp_path)).eval()
     assert type(loaded) is cls
@@ -147,7 +154,7 @@ def test_every_head_that_there_is(
         assert torch.equal(actual[name], value), name
 
 
-@pytest.mark.parametrize("entry", [e for e in golden.entries("model")][::9], ids=lambda e: e["name"])
+@pytest.mark.parametrize("entry", golden.entries("model")[::9], ids=lambda e: e["name"])
 def test_saved_again_it_is_ours(entry: golden.Entry, tmp_path: Path) -> None:
     source = patched_model(entry, golden.tensors(entry), None, torch.float32)
     published.write(source, tmp_path / "saved")
@@ -156,7 +163,9 @@ def test_saved_again_it_is_ours(entry: golden.Entry, tmp_path: Path) -> None:
     stated = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert stated["architectures"] == [type(model).__name__]
     own = {"auto_map", "base_model_prefix", *published.DEFAULTS}
-    assert not own & stated.keys() and stated["lsg_patch"]["block_size"] == entry["lsg"]["block_size"]
+    assert (
+        not own & stated.keys() and stated["lsg_patch"]["block_size"] == entry["lsg"]["block_size"]
+    )
     again = lsg_patch.from_pretrained(tmp_path / "ours")
     assert lsg_patch.get_config(again) == lsg_patch.get_config(model)
     for name, value in model.state_dict().items():
@@ -221,7 +230,9 @@ class TestOneCheckpoint:
     def test_another_length(self, saved: Path) -> None:
         model = lsg_patch.from_pretrained(saved, max_position_embeddings=300)
         table = model.bert.embeddings.position_embeddings.weight
-        stored = load_file(saved / "model.safetensors")["bert.embeddings.position_embeddings.weight"]
+        stored = load_file(saved / "model.safetensors")[
+            "bert.embeddings.position_embeddings.weight"
+        ]
         assert torch.equal(table, torch.cat([stored, stored[:100]]))
 
     @pytest.mark.parametrize("prefix", ["", "lsg."])
@@ -233,9 +244,7 @@ class TestOneCheckpoint:
             for name, value in tensors.items()
             if name.startswith("bert.") or prefix
         }
-        renamed = {
-            name.replace("lsg.cls.", "cls."): value for name, value in renamed.items()
-        }
+        renamed = {name.replace("lsg.cls.", "cls."): value for name, value in renamed.items()}
         save_file(renamed, saved / "model.safetensors", {"format": "pt"})
         for cls in (transformers.BertModel, transformers.AutoModel):
             model = lsg_patch.from_pretrained(saved, cls, add_pooling_layer=False)

@@ -122,18 +122,23 @@ def gradients(specimen: Specimen, model: Any, mask: torch.Tensor) -> dict[str, t
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_save_and_load(specimen: Specimen, tmp_path: Path) -> None:
-    """A saved patched model is an ordinary checkpoint; patched again it takes the same weights."""
-    model = lsg_patch.patch_model(specimen.model(), num_global_tokens=2, **SETTINGS)
-    with torch.no_grad():
-        lsg_patch.global_embeddings(model).add_(0.5)
-    expected = specimen.run(model, LONG)
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path).eval()
-    assert not lsg_patch.is_patched(loaded)
-    lsg_patch.patch_model(loaded, num_global_tokens=2, **SETTINGS)
-    loaded.load_state_dict(model.state_dict())
-    assert_bitwise(specimen.run(loaded, LONG), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_save_and_load(specimen: Specimen, tmp_path: Path, dtype: torch.dtype) -> None:
+    """What was saved comes back patched, bit for bit; without us it is an ordinary long model."""
+    for cls in (None, specimen.head()):
+        model = lsg_patch.patch_model(specimen.model(cls), num_global_tokens=2, **SETTINGS)
+        with torch.no_grad():
+            lsg_patch.global_embeddings(model).add_(0.5)
+        model.to(dtype).save_pretrained(tmp_path)
+        loaded = lsg_patch.from_pretrained(tmp_path, torch_dtype=dtype)
+        assert type(loaded) is type(model)
+        assert lsg_patch.get_config(loaded) == lsg_patch.get_config(model)
+        assert_bitwise(dict(loaded.named_parameters()), dict(model.named_parameters()))
+        assert_bitwise(specimen.run(loaded, LONG), specimen.run(model, LONG))
+        ordinary = type(model).from_pretrained(tmp_path).eval()
+        assert not lsg_patch.is_patched(ordinary)
+        for name, value in specimen.run(ordinary, LONG).items():
+            assert torch.isfinite(value).all(), name
 
 
 def test_no_deprecation_is_ours(specimen: Specimen, tmp_path: Path) -> None:
