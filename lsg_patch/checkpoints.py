@@ -233,7 +233,7 @@ def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Reque
     ]
     rows = request.rows
     for name, base, family in known:
-        if KEY not in vars(base.config) or is_patched(base):
+        if KEY not in vars(base.config):
             continue
         values = vars(base.config)[KEY]
         saved = SavedPatch.from_dict(values, **request.settings)

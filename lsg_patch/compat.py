@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import importlib
 import inspect
 import sys
@@ -22,7 +23,12 @@ def forward_parameters(module: nn.Module) -> tuple[str, ...]:
 
     They were renamed and moved again and again (4.54, 4.56, 5.0, 5.4), so they are looked up.
     """
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return _parameters(type(module).forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
@@ -103,15 +109,19 @@ def attention_outputs(attention: nn.Module) -> int:
     """
     for cls in type(attention).__mro__:
         if "forward" in vars(cls):
-            code = list(dis.get_instructions(inspect.unwrap(vars(cls)["forward"])))
-            returned = [
-                made.arg or 0
-                for made, after in pairwise(code)
-                if made.opname == "BUILD_TUPLE" and after.opname == "RETURN_VALUE"
-            ]
+            returned = _longest_tuple(inspect.unwrap(vars(cls)["forward"]))
             if returned:
-                return max(2, *returned)
+                return max(2, returned)
     return 2
+
+
+# a model's layers are of one class
+@functools.lru_cache(maxsize=64)
+def _longest_tuple(function: Callable[..., Any]) -> int:
+    """Of the tuples that a function returns, as its code makes them; 0: it makes none."""
+    code = pairwise(dis.get_instructions(function))
+    returned = (a.arg for a, b in code if a.opname == "BUILD_TUPLE" and b.opname == "RETURN_VALUE")
+    return max((count or 0 for count in returned), default=0)
 
 
 @dataclass(frozen=True)
@@ -282,11 +292,6 @@ class CrossMask:
         )
 
 
-def word_scale(embeddings: Any, words: Any) -> float:
-    """What words are multiplied with: where they are looked up (4.39 and later), or after that."""
-    return float(getattr(words, "embed_scale", 1.0) * scale_of_looked_up_words(embeddings))
-
-
 def scale_of_looked_up_words(embeddings: Any) -> float:
     """What the owner of the words multiplies with after looking them up."""
     return float(getattr(embeddings, "embed_scale", 1.0))
@@ -308,15 +313,6 @@ class PositionInput:
     def one_token(self, given: Any) -> Any:
         """The argument for the first token alone."""
         return torch.Size((given[0], 1)) if self.is_shape else given[:, :1]
-
-
-def is_left_behind(module: nn.Module, forward: Any) -> bool:
-    """Whether an instance's own ``forward`` is only its class's, bound.
-
-    5.0 and 5.1 leave such a one on every module whose outputs they recorded. It would hide the
-    forward of another class; to take it away changes nothing.
-    """
-    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def has_relative_positions(config: Any) -> bool:

@@ -7,10 +7,9 @@ from torch import nn
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family
-from lsg_patch.families.base import unscaled
 from lsg_patch.modules import causal, encoder, stack
 from lsg_patch.modules.arguments import Argument
-from lsg_patch.modules.swapped import journals_of
+from lsg_patch.modules.link import Link
 from lsg_patch.plan import Plan
 from lsg_patch.undo import Journal
 
@@ -31,7 +30,7 @@ def _hook_stack(
     for name in family.methods_left_out:
         journal.set_attribute(plan.stack, name, stack.leave_out)
     enter_model = _check_of(base, family, plan, config)
-    journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
+    journal.before(base, enter_model)
     _hook_positions(base, plan, journal)
     prepend = _hook_embeddings(base, family, plan, journal)
     of_stack = compat.forward_parameters(plan.stack)
@@ -46,16 +45,15 @@ def _hook_stack(
         family.relative_bias,
         plan.global_positions,
     )
-    journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
-    # before other hooks on the outputs, which then see what the unpatched model gives
+    journal.before(plan.stack, enter_stack)
     collects = compat.stack_collects_hidden_states(plan.stack)
     after_stack = stack.LeaveStack(stack_mask, collects)
-    journal.add_hook(plan.stack.register_forward_hook(after_stack, with_kwargs=True, prepend=True))
+    journal.after(plan.stack, after_stack)
     if not collects:
         after_model = stack.LeaveModel(
             config, enter_model.mask, enter_model.wants_attentions, plan.num_layers
         )
-        journal.add_hook(base.register_forward_hook(after_model, with_kwargs=True, prepend=True))
+        journal.after(base, after_model)
 
 
 def _check_of(owner: nn.Module, family: Family, plan: Plan, config: LSGConfig) -> stack.EnterModel:
@@ -94,11 +92,11 @@ def _hook_positions(base: nn.Module, plan: Plan, journal: Journal) -> None:
             Argument.of(of_base, *compat.MASK_NAMES),
             plan.global_positions,
         )
-        journal.add_hook(base.register_forward_pre_hook(give, with_kwargs=True))
+        journal.before(base, give)
     if plan.rotary.table is not None and plan.positions is not None:
         # the stack would read as many rows as it has; its layers get theirs with the layout
         one = encoder.FirstPosition(compat.PositionInput.of(plan.positions))
-        journal.add_hook(plan.positions.register_forward_pre_hook(one))
+        journal.before(plan.positions, one, with_kwargs=False)
 
 
 def _hook_embeddings(
@@ -109,21 +107,23 @@ def _hook_embeddings(
     mask = Argument.of(parameters, *compat.MASK_NAMES)
     if mask.position is not None:
         compact = stack.CompactMask(mask)
-        journal.add_hook(plan.embeddings.register_forward_pre_hook(compact, with_kwargs=True))
+        journal.before(plan.embeddings, compact)
     if plan.global_rows is None:
         return None
-    journal.set_attribute(plan.stack, "lsg_base", stack.BaseOf(base))
-    journal.add_hook(base.register_forward_pre_hook(stack.LinkStack(family.stack)))
-    if family.word_scale is not unscaled:
-        note = stack.NoteWordScale(Argument.of(parameters, "input_ids"), mask, family.word_scale)
-        handle = plan.embeddings.register_forward_hook(note, with_kwargs=True, prepend=True)
-        journal.add_hook(handle)
-    return stack.PrependGlobals(
-        family.embeddings,
+    journal.set_attribute(plan.stack, "lsg_base", Link(base))
+    journal.before(base, stack.LinkStack(family.stack), with_kwargs=False)
+    tokens = stack.GlobalTokens(
         family.global_path,
-        family.projection,
         positions=family.positions if plan.rotary is None else None,
         places=tuple(plan.offset + position for position in plan.global_positions),
+    )
+    note = stack.NoteGlobals(tokens, Argument.of(parameters, "input_ids"), mask, family.word_scale)
+    journal.after(plan.embeddings, note)
+    projection = getattr(base, family.projection, None) if family.projection else None
+    if projection is not None:
+        journal.after(projection, stack.carry_globals, with_kwargs=False)
+    return stack.PrependGlobals(
+        tokens, family.embeddings, None if projection is None else family.projection
     )
 
 
@@ -141,7 +141,7 @@ def _hook_causal_stack(
         states_mask=Argument.of(of_base, "encoder_attention_mask"),
         cross_mask=compat.CrossMask.of(base),
     )
-    journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
+    journal.before(base, enter_model)
     _hook_positions(base, plan, journal)
     prepend = _hook_embeddings(base, family, plan, journal)
     of_stack = compat.forward_parameters(plan.stack)
@@ -156,14 +156,13 @@ def _hook_causal_stack(
         rotary=plan.rotary,
         of_globals=plan.global_positions,
     )
-    journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
-    # before other hooks on the outputs, which then see what the unpatched model gives
+    journal.before(plan.stack, enter_stack)
     leave_stack = causal.LeaveCausalStack(mask)
-    journal.add_hook(plan.stack.register_forward_hook(leave_stack, with_kwargs=True, prepend=True))
+    journal.after(plan.stack, leave_stack)
     if not compat.stack_collects_hidden_states(plan.stack):
         leave_model = stack.LeaveModel(config, check.mask, check.wants_attentions, plan.num_layers)
         leave_decoder = causal.LeaveCausalModel(leave_model, carrier)
-        journal.add_hook(base.register_forward_hook(leave_decoder, with_kwargs=True, prepend=True))
+        journal.after(base, leave_decoder)
 
 
 def _hook_encoder(
@@ -179,21 +178,19 @@ def _hook_encoder(
     enter = encoder.EnterEncoder(
         config, check, carrier, carried, family.words, family.positions, takes
     )
-    journal.add_hook(plan.stack.register_forward_pre_hook(enter, with_kwargs=True))
-    journal.add_hook(plan.positions.register_forward_pre_hook(encoder.FirstPosition(takes)))
-    journal.add_hook(plan.positions.register_forward_hook(encoder.no_positions))
+    journal.before(plan.stack, enter)
+    journal.before(plan.positions, encoder.FirstPosition(takes), with_kwargs=False)
+    journal.after(plan.positions, encoder.no_positions, with_kwargs=False)
     for module in plan.attentions:
         of_module = compat.forward_parameters(module)
         mask = Argument.of(of_module, *compat.MASK_NAMES)
         handed_on = Argument.of(of_module, carrier.layer_argument)
         give = encoder.GiveLayout(config, carrier, handed_on, mask)
-        own = journals_of(module)[0]
-        own.add_hook(module.register_forward_pre_hook(give, with_kwargs=True))
-    # before other hooks on the outputs, which then see what the unpatched model gives
+        journal.before(module, give)
     leave = encoder.LeaveEncoder(
         config, carrier, carried, check.wants_attentions, len(plan.attentions)
     )
-    journal.add_hook(plan.stack.register_forward_hook(leave, with_kwargs=True, prepend=True))
+    journal.after(plan.stack, leave)
     if plan.decoder is not None and config.pass_global_tokens_to_decoder:
         of_decoder = compat.forward_parameters(plan.decoder)
         see = encoder.EnterDecoder(
@@ -201,4 +198,4 @@ def _hook_encoder(
             states=Argument.of(of_decoder, "encoder_hidden_states"),
             mask=Argument.of(of_decoder, "encoder_attention_mask"),
         )
-        journal.add_hook(plan.decoder.register_forward_pre_hook(see, with_kwargs=True))
+        journal.before(plan.decoder, see)

@@ -27,7 +27,9 @@ FORBIDDEN = {
     "modules": ("transformers", "plan", "patching", "tokenizer"),
     "plan.py": ("patching", "cli", "demo"),
     "hooking.py": ("patching", "cli", "demo"),
-    "patching.py": ("cli", "demo", "memory"),
+    "patching.py": ("checkpoints", "weights", "cli", "demo", "memory"),
+    "checkpoints.py": ("cli", "demo", "memory"),
+    "weights.py": ("transformers", "checkpoints", "patching", "plan", "cli", "demo"),
     "requirements.py": ("torch", "transformers", "compat"),
     "undo.py": ("transformers", "families", "modules", "attention", "config"),
 }

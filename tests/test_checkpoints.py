@@ -112,6 +112,8 @@ def test_the_config_says_how_it_is_patched(original: Any, saved: Path) -> None:
 
 def test_a_revert_takes_the_key_away(saved: Path) -> None:
     """Of a model that was loaded patched as well, and of a config that took another's place."""
+    changed = lsg_patch.from_pretrained(saved, block_size=16)
+    assert KEY not in lsg_patch.unpatch_model(changed).config.to_dict()
     model = lsg_patch.from_pretrained(saved)
     model.config = copy.deepcopy(model.config)
     lsg_patch.unpatch_model(model)
@@ -159,6 +161,14 @@ def test_saved_ones_need_no_token_ids(saved: Path) -> None:
     assert lsg_patch.is_patched(lsg_patch.from_pretrained(saved))
     with pytest.raises(ValueError, match="token id 999 is outside"):
         lsg_patch.from_pretrained(saved, num_global_tokens=4)
+
+
+def test_a_prompt_in_the_place_of_cls_is_told_of(saved: Path) -> None:
+    """As in the model that was saved: the token that is expected there is known."""
+    loaded = lsg_patch.from_pretrained(saved)
+    words = loaded.embeddings.word_embeddings
+    with pytest.warns(UserWarning, match="mask_first_token=False"):
+        loaded(inputs_embeds=words(IDS) + 1)
 
 
 def test_settings_that_are_given_win(original: Any, saved: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_copy_or_a_pickle_has_its_own_global_tokens() -> None:
     model, ids = patched_model(), ids_like(right_padded(60), "bert")
     expected = run(model, ids, None)["last_hidden_state"]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.encoder.lsg_base.base is other
+        assert other.encoder.lsg_base.module is other
         with torch.no_grad():
             lsg_patch.global_embeddings(other).mul_(torch.linspace(-2, 2, 32))
         assert (run(other, ids, None)["last_hidden_state"] - expected).abs().max() > 1e-2
@@ -107,7 +107,7 @@ def test_a_copy_of_the_stack_alone_stays_with_its_model() -> None:
     model, ids = patched_model(), ids_like(right_padded(60), "bert")
     expected = run(model, ids, None)["last_hidden_state"]
     stack = copy.deepcopy(model.encoder)
-    assert stack.lsg_base.base is model
+    assert stack.lsg_base.module is model
     model.encoder = stack
     assert torch.equal(run(model, ids, None)["last_hidden_state"], expected)
 
@@ -123,9 +123,19 @@ def test_embeddings_shared_with_a_model_that_nobody_patched() -> None:
     assert torch.equal(run(other, ids, None)["last_hidden_state"], expected)
 
 
+def test_what_was_embedded_earlier_meets_the_global_tokens_of_now() -> None:
+    model, ids = patched_model(), ids_like(right_padded(60), "bert")
+    rows = embedded(model, ids)
+    with torch.no_grad():
+        first = model.encoder(rows)[0]
+        lsg_patch.global_embeddings(model).mul_(torch.linspace(-2, 2, 32))
+        then, expected = model.encoder(rows)[0], model(ids).last_hidden_state
+    assert torch.equal(then, expected) and not torch.equal(first, then)
+
+
 def test_gradients_of_what_is_embedded_reach_every_token_and_global_token() -> None:
     model, ids = patched_model(mask_first_token=False), ids_like(right_padded(60), "bert")
-    rows = embedded(model, ids).requires_grad_()
+    rows = embedded(model, ids).requires_grad_()  # kept from before, without gradients
     handle = model.embeddings.register_forward_hook(lambda _, args, output: rows)
     model(ids).last_hidden_state.square().sum().backward()
     handle.remove()

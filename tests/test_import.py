@@ -24,7 +24,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = lsg_patch.patch_modle
 
 
-@pytest.mark.parametrize("room", ["attention", "config", "families", "patching"])
+@pytest.mark.parametrize("room", ["attention", "checkpoints", "config", "families", "patching"])
 def test_rooms_are_attributes(room: str) -> None:
     code = f"import lsg_patch; assert lsg_patch.{room}.__name__ == 'lsg_patch.{room}'"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -27,10 +27,13 @@ def test_continuous_integration_runs_the_commands() -> None:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_examples_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run(
+    code: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a real encoder that comes as a package, in place of one from a model hub."""
     from lsg_patch.demo import bundled_model
 
+    monkeypatch.chdir(tmp_path)
     name = '"bert-base-uncased"'
     assert name in code
     exec(compile(code.replace(name, repr(str(bundled_model()))), "README.md", "exec"), {})

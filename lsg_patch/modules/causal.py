@@ -130,7 +130,7 @@ class EnterCausalStack:
         mask = self.carrier.unpack(mask, head_mask)
         hidden = self.hidden.get(args, kwargs)
         if self.prepend is not None:
-            hidden = self.prepend(stack.lsg_base.base, hidden)
+            hidden = self.prepend(stack.lsg_base.module, hidden)
         hidden, layout = enter_step(hidden, mask, self.config, self._rotation(stack, hidden, mask))
         if head_mask is not None:
             # it has carried the mask; cross attention has no use for it

@@ -30,6 +30,7 @@ from lsg_patch.modules.layout import (
     packing_of,
     with_globals_in_front,
 )
+from lsg_patch.modules.link import Link
 
 
 @dataclass(frozen=True)
@@ -179,45 +180,29 @@ class LinkStack:
 
     def __call__(self, base: nn.Module, args: Args) -> None:
         stack: Any = base.get_submodule(self.stack)
-        if stack.lsg_base.base is not base:
-            stack.lsg_base = BaseOf(base)
+        if stack.lsg_base.module is not base:
+            stack.lsg_base = Link(base)
 
 
-class BaseOf:
-    """Where a stack finds its base model, which has the global tokens; not a child of the stack.
-
-    A copy of the whole model has its own; a copy of the stack alone (PEFT's modules_to_save) stays
-    with the model that it was made in.
-    """
-
-    def __init__(self, base: nn.Module) -> None:
-        self.base = base
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BaseOf:
-        return BaseOf(memo.get(id(self.base), self.base))
+# on embedded tokens: the global tokens that belong to them, (B, g, width)
+NOTE = "lsg_global_tokens"
 
 
 @dataclass(frozen=True)
-class PrependGlobals:
-    """Global tokens in front of embedded ones, having passed what a word passes.
+class GlobalTokens:
+    """Global tokens for embedded ones, having passed what a word passes.
 
     Where the words of a row are scaled otherwise than usual, its global tokens are as well, but for
     what they have of a position: the rows ``places`` of the table ``positions``.
-
-    ``path`` are modules below ``embeddings``, ``projection`` one of the base model after these.
     """
 
-    embeddings: str
     path: tuple[str, ...]
-    projection: str | None
     positions: str | None
     places: tuple[int, ...]
 
-    def __call__(self, base: nn.Module, embedded: Tensor) -> Tensor:
-        """(B, g + T0, width) of ``embedded`` (B, T0, width)."""
-        embeddings: Any = base.get_submodule(self.embeddings)
+    def of(self, embeddings: Any, embedded: Tensor, ratio: Tensor | None = None) -> Tensor:
+        """(B, g, width) for ``embedded`` (B, T0, width), words being scaled ``ratio`` (B, 1, 1) times."""
         rows: Tensor = embeddings.global_embeddings(embedded)
-        ratio = getattr(embedded, WORD_SCALE, None)
         if ratio is not None:
             place: Tensor | float = 0.0
             if self.positions is not None:
@@ -227,27 +212,84 @@ class PrependGlobals:
         for name in self.path:
             module = getattr(embeddings, name)
             rows = rows if module is None else module(rows)
-        if self.projection is not None and hasattr(base, self.projection):
-            rows = getattr(base, self.projection)(rows)
-        return torch.cat([rows.to(embedded), embedded], dim=1)
-
-
-# on embedded tokens: how much more than usual the words of each row were scaled, (B, 1, 1)
-WORD_SCALE = "lsg_word_scale"
+        return rows
 
 
 @dataclass(frozen=True)
-class NoteWordScale:
-    """After embeddings that scale the words of each row: notes it on what they give."""
+class NoteGlobals:
+    """After the embeddings: their global tokens are noted on what they give, for the stack.
 
+    Here the ids are known, which words may be scaled by, and the weights are there (FSDP gathers
+    those of a module for its forward).
+    """
+
+    tokens: GlobalTokens
     ids: Argument
     mask: Argument
     word_scale: Callable[[Any, Tensor | None, Tensor | None], Tensor | float]
 
-    def __call__(self, embeddings: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> None:
+    def __call__(self, embeddings: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         scale = self.word_scale(embeddings, self.ids.get(args, kwargs), self.mask.get(args, kwargs))
+        ratio = None
         if isinstance(scale, Tensor):
-            setattr(output, WORD_SCALE, scale / self.word_scale(embeddings, None, None))
+            ratio = scale / self.word_scale(embeddings, None, None)
+        elif is_compiling():
+            return output  # not every compiler knows attributes of tensors
+        rows = self.tokens.of(embeddings, output, ratio)
+        if rows.requires_grad and not is_compiling():
+            rows, output = _Together.apply(rows, output)
+        setattr(output, NOTE, (rows, torch.is_grad_enabled()))
+        return output
+
+
+class _Together(torch.autograd.Function):
+    """Two tensors as they are, whose gradients go on together: FSDP gathers a module's weights again
+    when a gradient reaches what the module gave, which the noted rows are no part of.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        return rows.view_as(rows), embedded.view_as(embedded)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+def carry_globals(projection: nn.Module, args: Args, output: Tensor) -> None:
+    """After what embedded tokens pass between the embeddings and the stack: the noted ones pass it too."""
+    rows, differentiable = getattr(args[0], NOTE, (None, None))
+    if rows is not None:
+        setattr(output, NOTE, (projection.forward(rows), differentiable))
+
+
+@dataclass(frozen=True)
+class PrependGlobals:
+    """Global tokens in front of embedded ones: those noted on them, or where somebody has put others
+    in their place, or calls the stack alone, as they are for any input.
+    """
+
+    tokens: GlobalTokens
+    embeddings: str
+    projection: str | None
+
+    def __call__(self, base: nn.Module, embedded: Tensor) -> Tensor:
+        """(B, g + T0, width) of ``embedded`` (B, T0, width)."""
+        rows, differentiable = getattr(embedded, NOTE, (None, None))
+        if rows is not None and not is_compiling():
+            delattr(embedded, NOTE)  # what is kept for another call has no note that has aged
+        if rows is None or differentiable != torch.is_grad_enabled():
+            embeddings: Any = base.get_submodule(self.embeddings)
+            rows = self.tokens.of(embeddings.lsg_self.module, embedded)
+            if self.projection is not None:
+                rows = getattr(base, self.projection)(rows)
+        return torch.cat([rows.to(embedded), embedded], dim=1)
 
 
 @dataclass(frozen=True)
@@ -289,7 +331,7 @@ class EnterStack:
                 "they must be as many"
             )
         if self.prepend is not None:
-            hidden = self.prepend(stack.lsg_base.base, hidden)
+            hidden = self.prepend(stack.lsg_base.module, hidden)
 
         def positions() -> Tensor:
             tokens = torch.arange(length, device=hidden.device)[None]
