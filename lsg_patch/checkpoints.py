@@ -20,7 +20,7 @@ from torch import Tensor
 from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import Family, family_of
-from lsg_patch.inspection import check_config, check_loaded, check_stored
+from lsg_patch.inspection import Stored, check_config, check_loaded, check_stored
 from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_loaded
 from lsg_patch.published import as_ours, is_published
 from lsg_patch.weights import OF_SOURCE, Source
@@ -94,27 +94,60 @@ def from_pretrained(
         )
     for values in patches:
         SavedPatch.from_dict(values, **settings)
-    named = cls is None
-    cls = _named_class(stated) if named else cls
-    config_class = _config_class(stated, cls)
     stored = source.stored()
     check_stored(stored, quantized="quantization_config" in stated)
+    told = kwargs.pop(_INFO, False)
+    request = Request(settings, tokenizer, source.read(_is_global))
+    model, info = load(source, stated, stored, cls, kwargs, request, as_stated=published)
+    if not patches:
+        logger.warning("%s is a decoder alone: there is nothing to patch", type(model).__name__)
+    elif not is_patched(model):
+        raise ValueError(
+            f"{type(model).__name__} has no place for the patch that was saved: pass another cls"
+        )
+    return (model, info) if told else model
+
+
+def load(
+    source: Source,
+    stated: dict[str, Any],
+    stored: Mapping[str, Stored],
+    cls: Any,
+    given: dict[str, Any],
+    request: Request | None = None,
+    as_stated: bool = False,
+) -> tuple[Any, Any]:
+    """``cls.from_pretrained`` of a checkpoint whose config and weights fit, and what it says of the load.
+
+    Args:
+        stated: what its config says; ``as_stated``: in place of what is in its folder.
+        stored: its weights.
+        cls: None: the class that ``stated`` names.
+        given: keywords of ``from_pretrained``.
+        request: what is wanted of a patched one. None: it is not patched, and weights of heads may be
+            left over, as many checkpoints have them.
+
+    Raises:
+        ValueError: something does not fit.
+    """
+    named = cls is None
+    cls = named_class(stated.get("architectures")) if named else cls
+    config_class = _config_class(stated, cls)
     check_config(stated, _default(config_class), stored)
-    if published:
-        kwargs["config"] = _config_of(stated, config_class, kwargs)
-    resized, told = kwargs.pop("ignore_mismatched_sizes", False), kwargs.pop(_INFO, False)
-    request = _request.set(Request(settings, tokenizer, source.read(_is_global)))
+    if as_stated:
+        given["config"] = _config_of(stated, config_class, given)
+    resized = given.pop("ignore_mismatched_sizes", False)
+    asked = _request.set(request)
     _switch.set(loads=1)
     try:
         with source.for_this_release(stored, _prefix(cls, config_class)) as place:
             if place != source.path:
-                kwargs = {name: x for name, x in kwargs.items() if name not in OF_SOURCE}
+                given = {name: x for name, x in given.items() if name not in OF_SOURCE}
             # what is of another shape is refused below, with its name
             several = len({weight.file for weight in stored.values()}) > 1
             ignored = resized or not several or compat.reads_safetensors()
-            model, info = cls.from_pretrained(
-                place, **kwargs, **{_INFO: True}, ignore_mismatched_sizes=ignored
-            )
+            more = {_INFO: True, "ignore_mismatched_sizes": ignored}
+            model, info = cls.from_pretrained(place, **given, **more)
     except (OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
@@ -124,18 +157,12 @@ def from_pretrained(
         ) from error
     finally:
         _switch.set(loads=-1)
-        _request.reset(request)
+        _request.reset(asked)
     if place != source.path:
         model.config.name_or_path = model.name_or_path = source.path
     whole = named or [type(model).__name__] == stated.get("architectures")
-    check_loaded(source.path, model, info, whole, resized)
-    if not patches:
-        logger.warning("%s is a decoder alone: there is nothing to patch", type(model).__name__)
-    elif not is_patched(model):
-        raise ValueError(
-            f"{cls.__name__} has no place for the patch that was saved: pass another cls"
-        )
-    return (model, info) if told else model
+    check_loaded(source.path, model, info, whole and request is not None, resized)
+    return model, info
 
 
 def _config_class(stated: Mapping[str, Any], cls: Any) -> Any:
@@ -184,8 +211,12 @@ def _saved_patches(config: Any) -> Iterator[Any]:
             yield from _saved_patches(value)
 
 
-def _named_class(config: dict[str, Any]) -> Any:
-    names = config.get("architectures")
+def named_class(names: Any) -> Any:
+    """The class that ``config.architectures`` names.
+
+    Raises:
+        ValueError: it names none.
+    """
     name = names[0] if isinstance(names, list) and names else None
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):

@@ -85,8 +85,8 @@ def check_stored(stored: Mapping[str, Stored], quantized: bool) -> None:
     for name, weight in stored.items():
         if not quantized and weight.dtype not in _FLOATS and not _INDICES.search(name):
             raise ValueError(
-                f"{weight.file} has {name} as torch.{weight.dtype}, weights are float16, bfloat16, float32 or "
-                f"float64: {_MEND}"
+                f"{weight.file} has {name} as torch.{weight.dtype}, weights are {', '.join(_FLOATS)}: "
+                f"{_MEND}"
             )
 
 

@@ -64,13 +64,19 @@ def _tokenizer_of(config: Any) -> tuple[Any, str]:
     path = getattr(config, "_name_or_path", "")
     if not path:
         return None, ", which names no checkpoint to take a tokenizer from (_name_or_path),"
+    loaded, why = tokenizer_at(path)
+    return loaded, f" (and {why})" if loaded is None else f" and the tokenizer of {path!r}"
+
+
+def tokenizer_at(path: str) -> tuple[Any, str]:
+    """The tokenizer of a checkpoint, or None and the reason; no code of it is run."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path), f" and the tokenizer of {path!r}"
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False), ""
     except Exception as error:  # whatever a missing file, network or package raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return None, f" (and the tokenizer of {path!r} does not load: {reason})"
+        return None, f"the tokenizer of {path!r} does not load: {reason}"
 
 
 def set_max_length(tokenizer: Any, length: int) -> LimitSet:
