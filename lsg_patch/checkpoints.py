@@ -218,8 +218,9 @@ def named_class(names: Any) -> Any:
         ValueError: it names none.
     """
     name = names[0] if isinstance(names, list) and names else None
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+    cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not is_model or cls.config_class is None:
         raise ValueError(
             f"config.architectures={names!r} names no model of this transformers: pass cls, the class "
             "of the model"
