@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ from lsg_patch.undo import Change
 # first the one that inputs of an encoder begin with
 BOS_NAMES = ("cls_token_id", "bos_token_id")
 MASK_NAMES = ("mask_token_id",)
+_OF_TOKENIZERS = re.compile(r"^(tokenizer|vocab|.*spiece|.*sentencepiece|.*bpe)")
 
 
 def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, int | None]:
@@ -72,6 +75,9 @@ def tokenizer_at(path: str) -> tuple[Any, str]:
     """The tokenizer of a checkpoint, or None and the reason; no code of it is run."""
     from transformers import AutoTokenizer
 
+    # of a folder without one, 5.x makes one that knows no words
+    if os.path.isdir(path) and not any(map(_OF_TOKENIZERS.search, os.listdir(path))):
+        return None, f"{path!r} has no files of one"
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False), ""
     except Exception as error:  # whatever a missing file, network or package raises
