@@ -73,12 +73,12 @@ def _tokenizer_of(config: Any) -> tuple[Any, str]:
 
 def tokenizer_at(path: str) -> tuple[Any, str]:
     """The tokenizer of a checkpoint, or None and the reason; no code of it is run."""
-    from transformers import AutoTokenizer
-
     # of a folder without one, 5.x makes one that knows no words
     if os.path.isdir(path) and not any(map(_OF_TOKENIZERS.search, os.listdir(path))):
         return None, f"{path!r} has no files of one"
     try:
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False), ""
     except Exception as error:  # whatever a missing file, network or package raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
