@@ -44,6 +44,8 @@ class Request:
     rows: dict[str, Tensor] | None = None
 
 
+# transformers 5 replaces functions of its own while it loads: two at once leave them replaced
+_one_at_a_time = threading.RLock()
 # of a from_pretrained of ours that is under way
 _request: ContextVar[Request | None] = ContextVar("lsg_patch request", default=None)
 
@@ -242,7 +244,7 @@ def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     request = _request.get() or (Request() if _switch.is_on() else None)
     if request is None:
         return wrapped(*args, **kwargs)
-    with compat.expecting(cls, PATTERN):
+    with _one_at_a_time, compat.expecting(cls, PATTERN):
         loaded = wrapped(*args, **kwargs)
     model = _model_of(loaded)
     if _states_patch(model.config):
@@ -258,20 +260,16 @@ def _states_patch(config: Any) -> bool:
 
 
 def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Request) -> None:
-    known = [
-        (name, module, family)
-        for name, module in model.named_modules()
-        if (family := family_of(module)) is not None
-    ]
     rows = request.rows
-    for name, base, family in known:
-        if KEY not in vars(base.config):
+    for name, base in list(model.named_modules()):
+        values = getattr(vars(base).get("config"), "__dict__", {}).get(KEY)
+        family = family_of(base) if values is not None else None
+        if family is None:
             continue
-        values = vars(base.config)[KEY]
         saved = SavedPatch.from_dict(values, **request.settings)
         rows = _read(model, path, given) if rows is None else rows
         patch_loaded(
-            model if len(known) == 1 else base,
+            model if model.config is base.config else base,
             saved.config,
             global_rows=_rows_of(rows, name, family, SavedPatch.from_dict(values).config),
             global_reach=saved.global_reach,

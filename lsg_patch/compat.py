@@ -7,7 +7,6 @@ import functools
 import importlib
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -340,29 +339,15 @@ def reads_safetensors() -> bool:
     return hasattr(importlib.import_module("transformers.utils"), "SAFE_WEIGHTS_NAME")
 
 
-_IGNORED = "_keys_to_ignore_on_load_unexpected"
-_lock = threading.Lock()
-# classes that are being loaded: how often, and what they ignored of themselves
-_expected: dict[Any, list[Any]] = {}
-
-
 @contextmanager
 def expecting(cls: Any, pattern: str) -> Iterator[None]:
     """``cls.from_pretrained`` says nothing of weights without a place whose names match ``pattern``."""
-    with _lock:
-        loads = _expected.setdefault(cls, [0, vars(cls).get(_IGNORED, _lock)])
-        loads[0] += 1
-        if loads[0] == 1:
-            setattr(cls, _IGNORED, [*(getattr(cls, _IGNORED) or ()), pattern])
+    name = "_keys_to_ignore_on_load_unexpected"
+    own = {name: vars(cls)[name]} if name in vars(cls) else {}
+    setattr(cls, name, [*(getattr(cls, name) or ()), pattern])
     try:
         yield
     finally:
-        with _lock:
-            loads[0] -= 1
-            if not loads[0]:
-                del _expected[cls]
-                # the lock stands for nothing
-                if loads[1] is _lock:
-                    delattr(cls, _IGNORED)
-                else:
-                    setattr(cls, _IGNORED, loads[1])
+        delattr(cls, name)
+        for value in own.values():
+            setattr(cls, name, value)
