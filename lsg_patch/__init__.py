@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         from_pretrained,
     )
     from lsg_patch.config import LSGConfig
+    from lsg_patch.conversion import convert
     from lsg_patch.families import AttentionNames, Family, Rotary, register_family
     from lsg_patch.patching import (
         freeze_except_global,
@@ -34,6 +35,7 @@ __all__ = [
     "RelativeBias",
     "Rotary",
     "auto_patching",
+    "convert",
     "disable_auto_patching",
     "enable_auto_patching",
     "freeze_except_global",
@@ -58,6 +60,7 @@ _ROOMS = {
         "from_pretrained",
     ),
     "config": ("LSGConfig",),
+    "conversion": ("convert",),
     "families": ("AttentionNames", "Family", "Rotary", "register_family"),
     "patching": (
         "freeze_except_global",

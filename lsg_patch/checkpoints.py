@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 import transformers
 import wrapt
 from torch import Tensor
@@ -17,9 +20,15 @@ from torch import Tensor
 from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import Family, family_of
+from lsg_patch.inspection import Stored, check_config, check_loaded, check_stored
 from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_loaded
-from lsg_patch.weights import Source
+from lsg_patch.published import as_ours, is_published
+from lsg_patch.weights import OF_SOURCE, Source
 
+logger = logging.getLogger(__name__)
+_INFO = "output_loading_info"
+# keywords of a load that configs have attributes of too
+_OF_THE_LOAD = ("torch_dtype", "dtype", "attn_implementation", "quantization_config")
 ROWS = f"{GLOBAL_EMBEDDINGS}.weight"
 PATTERN = rf"(^|\.){GLOBAL_EMBEDDINGS}\.weight$"
 
@@ -76,30 +85,123 @@ def from_pretrained(
     source = Source.of(path, kwargs)
     given: Any = kwargs.get("config")
     stated = given.to_dict() if hasattr(given, "to_dict") else source.config()
+    published = is_published(stated)
+    if published:
+        stated, settings = as_ours(stated, **settings), {}
     patches = list(_saved_patches(stated))
-    if not patches:
+    if not patches and not published:
         raise ValueError(
             f"{source.path!r} was not saved patched (its config has no {KEY!r}): load it with its own "
             "from_pretrained, then lsg_patch.patch_model(model, ...)"
         )
     for values in patches:
         SavedPatch.from_dict(values, **settings)
-    cls = _named_class(stated) if cls is None else cls
-    request = _request.set(Request(settings, tokenizer, source.read(_is_global)))
+    stored = source.stored()
+    check_stored(stored, quantized="quantization_config" in stated)
+    told = kwargs.pop(_INFO, False)
+    request = Request(settings, tokenizer, source.read(_is_global))
+    model, info = load(source, stated, stored, cls, kwargs, request, as_stated=published)
+    if not patches:
+        logger.warning("%s is a decoder alone: there is nothing to patch", type(model).__name__)
+    elif not is_patched(model):
+        raise ValueError(
+            f"{type(model).__name__} has no place for the patch that was saved: pass another cls"
+        )
+    return (model, info) if told else model
+
+
+def load(
+    source: Source,
+    stated: dict[str, Any],
+    stored: Mapping[str, Stored],
+    cls: Any,
+    given: dict[str, Any],
+    request: Request | None = None,
+    as_stated: bool = False,
+) -> tuple[Any, Any]:
+    """``cls.from_pretrained`` of a checkpoint whose config and weights fit, and what it says of the load.
+
+    Args:
+        stated: what its config says; ``as_stated``: in place of what is in its folder.
+        stored: its weights.
+        cls: None: the class that ``stated`` names.
+        given: keywords of ``from_pretrained``.
+        request: what is wanted of a patched one. None: it is not patched, and weights of heads may be
+            left over, as many checkpoints have them.
+
+    Raises:
+        ValueError: something does not fit.
+    """
+    named = cls is None
+    cls = named_class(stated.get("architectures")) if named else cls
+    config_class = _config_class(stated, cls)
+    check_config(stated, _default(config_class), stored)
+    if as_stated:
+        given["config"] = _config_of(stated, config_class, given)
+    resized = given.pop("ignore_mismatched_sizes", False)
+    asked = _request.set(request)
     _switch.set(loads=1)
     try:
-        with source.for_this_release() as place:
-            loaded = cls.from_pretrained(place, **kwargs)
+        with source.for_this_release(stored, _prefix(cls, config_class)) as place:
+            if place != source.path:
+                given = {name: x for name, x in given.items() if name not in OF_SOURCE}
+            # what is of another shape is refused below, with its name
+            several = len({weight.file for weight in stored.values()}) > 1
+            ignored = resized or not several or compat.reads_safetensors()
+            more = {_INFO: True, "ignore_mismatched_sizes": ignored}
+            model, info = cls.from_pretrained(place, **given, **more)
+    except (OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{source.path!r} does not load as {cls.__name__}: {type(error).__name__}: {error}. Correct "
+            "the keywords or config.json, or save or fetch the checkpoint again"
+        ) from error
     finally:
         _switch.set(loads=-1)
-        _request.reset(request)
+        _request.reset(asked)
     if place != source.path:
-        _model_of(loaded).config.name_or_path = _model_of(loaded).name_or_path = source.path
-    if not is_patched(_model_of(loaded)):
+        model.config.name_or_path = model.name_or_path = source.path
+    whole = named or [type(model).__name__] == stated.get("architectures")
+    check_loaded(source.path, model, info, whole and request is not None, resized)
+    return model, info
+
+
+def _config_class(stated: Mapping[str, Any], cls: Any) -> Any:
+    """The class of the config that ``cls`` takes, an Auto class by what the config says."""
+    kind, known = stated.get("model_type"), transformers.CONFIG_MAPPING
+    found = getattr(cls, "config_class", None)
+    if found is None and isinstance(kind, str) and kind in known:
+        found = known[kind]
+    if found is None or found.model_type != kind:
         raise ValueError(
-            f"{cls.__name__} has no place for the patch that was saved: pass another cls"
+            f"config.json has model_type={kind!r}, which is not one that {cls.__name__} of this "
+            "transformers loads, and code of a checkpoint is not run: pass another cls"
         )
-    return loaded
+    return found
+
+
+def _prefix(cls: Any, config_class: Any) -> str:
+    """Of the names of a base model's weights in a model with a head."""
+    known = hasattr(cls, "base_model_prefix")
+    prefix: str = (cls if known else transformers.MODEL_MAPPING[config_class]).base_model_prefix
+    return prefix
+
+
+def _default(config_class: Any) -> Any:
+    try:
+        return config_class()
+    except Exception:  # what is composed of others has no default
+        return SimpleNamespace()
+
+
+def _config_of(stated: Mapping[str, Any], config_class: Any, kwargs: dict[str, Any]) -> Any:
+    """A config object; those of ``kwargs`` that are attributes of it go into it, as transformers does."""
+    config = config_class.from_dict(dict(stated))
+    kwargs.pop("config", None)
+    for name in [name for name in kwargs if hasattr(config, name) and name not in _OF_THE_LOAD]:
+        setattr(config, name, kwargs.pop(name))
+    return config
 
 
 def _saved_patches(config: Any) -> Iterator[Any]:
@@ -111,11 +213,16 @@ def _saved_patches(config: Any) -> Iterator[Any]:
             yield from _saved_patches(value)
 
 
-def _named_class(config: dict[str, Any]) -> Any:
-    names = config.get("architectures")
+def named_class(names: Any) -> Any:
+    """The class that ``config.architectures`` names.
+
+    Raises:
+        ValueError: it names none.
+    """
     name = names[0] if isinstance(names, list) and names else None
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+    cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not is_model or cls.config_class is None:
         raise ValueError(
             f"config.architectures={names!r} names no model of this transformers: pass cls, the class "
             "of the model"

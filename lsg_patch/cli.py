@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 __all__ = ["main"]
 
@@ -109,8 +111,85 @@ def _families(args: argparse.Namespace) -> int:
     return 0
 
 
+# settings of LSGConfig, and their types; those that are not given are its defaults
+SETTINGS: dict[str, type] = {
+    "block_size": int,
+    "sparsity_type": str,
+    "sparse_block_size": int,
+    "sparsity_factor": int,
+    "num_global_tokens": int,
+    "positions": str,
+    "mask_first_token": bool,
+    "pool_with_global": bool,
+    "adaptive": bool,
+    "unpad": bool,
+    "lsh_num_pre_rounds": int,
+    "pass_global_tokens_to_decoder": bool,
+    "attention_probs_dropout_prob": float,
+    "global_positional_stride": int,
+    "random_global_init": bool,
+    "backend": str,
+    "seed": int,
+}
+_FLAGS = {
+    "keep_first_global_token": "keep the first global token of a source that is patched already",
+    "resize_lsg": "keep all global tokens of a source that is patched already",
+    "test": "compare a short input's outputs with the source's, and read a long one",
+}
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Makes a checkpoint one of long inputs and saves it with its tokenizer; from_pretrained of "
+        "lsg_patch loads it. A checkpoint that was saved patched, by us or by the reference, is saved "
+        "in our format."
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a folder, or a repository of the hub")
+    parser.add_argument("out", metavar="OUT", help="the folder to write, new or empty")
+    parser.add_argument(
+        "--max-length",
+        metavar="TOKENS",
+        type=_at_least(1),
+        help="default: 4096, or the source's own",
+    )
+    parser.add_argument(
+        "--architecture", metavar="CLASS", help="default: that of the source's config"
+    )
+    for name, summary in _FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=summary)
+    yes_or_no = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--use-token-ids",
+        action=yes_or_no,
+        default=True,
+        help="whether new global tokens have the first token type",
+    )
+    settings = parser.add_argument_group("settings, as in LSGConfig")
+    for name, kind in SETTINGS.items():
+        how: dict[str, Any] = {"action": yes_or_no} if kind is bool else {"type": kind}
+        if kind is not bool:
+            how["metavar"] = {int: "N", float: "RATE", str: "NAME"}[kind]
+        settings.add_argument(f"--{name.replace('_', '-')}", default=None, **how)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from lsg_patch import conversion
+
+    names = ("max_length", "architecture", "use_token_ids", *_FLAGS)
+    given = {name: getattr(args, name) for name in names}
+    given |= {name: x for name in SETTINGS if (x := getattr(args, name)) is not None}
+    try:
+        done = conversion.convert(args.source, args.out, **given)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"{DISTRIBUTION} convert: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(done.lines))
+    return 0 if done.passed else 1
+
+
 COMMANDS = (
     Command("demo", "see a real encoder read long documents", _demo_arguments, _demo),
+    Command("convert", "save a checkpoint patched for long inputs", _convert_arguments, _convert),
     Command("families", "list the models that can be patched", _families_arguments, _families),
 )
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any
 
 # first the one that inputs of an encoder begin with
 BOS_NAMES = ("cls_token_id", "bos_token_id")
 MASK_NAMES = ("mask_token_id",)
+_OF_TOKENIZERS = re.compile(r"^(tokenizer|vocab|.*spiece|.*sentencepiece|.*bpe)")
 
 
 def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, int | None]:
@@ -61,10 +64,19 @@ def _tokenizer_of(config: Any) -> tuple[Any, str]:
     path = getattr(config, "_name_or_path", "")
     if not path:
         return None, ", which names no checkpoint to take a tokenizer from (_name_or_path),"
-    from transformers import AutoTokenizer
+    loaded, why = tokenizer_at(path)
+    return loaded, f" (and {why})" if loaded is None else f" and the tokenizer of {path!r}"
 
+
+def tokenizer_at(path: str) -> tuple[Any, str]:
+    """The tokenizer of a checkpoint, or None and the reason; no code of it is run."""
+    # of a folder without one, 5.x makes one that knows no words
+    if os.path.isdir(path) and not any(map(_OF_TOKENIZERS.search, os.listdir(path))):
+        return None, f"{path!r} has no files of one"
     try:
-        return AutoTokenizer.from_pretrained(path), f" and the tokenizer of {path!r}"
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False), ""
     except Exception as error:  # whatever a missing file, network or package raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return None, f" (and the tokenizer of {path!r} does not load: {reason})"
+        return None, f"the tokenizer of {path!r} does not load: {reason}"

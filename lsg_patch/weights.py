@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lsg_patch import compat
+from lsg_patch.inspection import Stored
 
 SAFE = ".safetensors"
 # what says where on the hub a file is to be found
@@ -28,6 +29,10 @@ HUB_NAMES = (
     "token",
     "use_auth_token",
 )
+# keywords of a load that say which files of it are read
+OF_SOURCE = (*HUB_NAMES, "variant", "use_safetensors")
+# before the names of a base model's weights; published checkpoints have that of transformers
+OF_REFERENCE = "lsg."
 
 
 @dataclass(frozen=True)
@@ -103,23 +108,42 @@ class Source:
             safe = file.endswith(SAFE)
             if safe and names is not None and not any(map(wanted, names)):
                 continue
-            try:
+            with _readable(file):
                 found.update(_read(file, wanted))
-            except Exception as error:
-                raise ValueError(
-                    f"{file} cannot be read as weights: {error}. Save or fetch it again"
-                ) from error
+        return found
+
+    def stored(self) -> dict[str, Stored]:
+        """All weights as the files describe them, by name.
+
+        Raises:
+            ValueError: as ``read``.
+        """
+        found: dict[str, Stored] = {}
+        for file in self.weights():
+            with _readable(file):
+                found.update(_described(file))
         return found
 
     @contextmanager
-    def for_this_release(self) -> Iterator[str]:
-        """The path for ``from_pretrained``; a copy, where it could not read these files (before 4.22)."""
-        if compat.reads_safetensors() or not any(file.endswith(SAFE) for file in self.weights()):
+    def for_this_release(self, stored: Mapping[str, Stored], prefix: str) -> Iterator[str]:
+        """The path for ``from_pretrained``; a copy, where it could not read these files (before 4.22).
+
+        Nor by their names: ``prefix`` is to stand where they begin with ``OF_REFERENCE``.
+        """
+        safe = any(weight.file.endswith(SAFE) for weight in stored.values())
+        renamed = any(name.startswith(OF_REFERENCE) for name in stored)
+        if not renamed and (compat.reads_safetensors() or not safe):
             yield self.path
             return
+        weights = {
+            f"{prefix}.{name.removeprefix(OF_REFERENCE)}"
+            if name.startswith(OF_REFERENCE)
+            else name: x
+            for name, x in self.read(lambda name: True).items()
+        }
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(self.config()), "utf-8")
-            torch.save(self.read(lambda name: True), Path(folder, "pytorch_model.bin"))
+            torch.save(weights, Path(folder, "pytorch_model.bin"))
             yield folder
 
     def _shard(self, index: str, name: str) -> str:
@@ -165,10 +189,45 @@ def _read(file: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         with safe_open(file, "pt") as tensors:
             names: list[str] = tensors.keys()
             return {name: tensors.get_tensor(name) for name in names if wanted(name)}
-    # of a file as torch writes it since 1.6 only what is asked for comes into memory
+    return {name: value.clone() for name, value in _unpickled(file).items() if wanted(name)}
+
+
+def _described(file: str) -> dict[str, Stored]:
+    if not file.endswith(".safetensors"):
+        return {
+            name: Stored(file, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+            for name, value in _unpickled(file).items()
+        }
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {
+            name: Stored(
+                file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
+            )
+            for name, part in slices.items()
+        }
+
+
+# names of safetensors, and torch's
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "I64": "int64"}
+
+
+def _unpickled(file: str) -> dict[str, Tensor]:
+    """The tensors in a file of torch; of one as it writes it since 1.6 nothing is in memory yet."""
     loaded = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    return {
-        name: value.clone()
-        for name, value in loaded.items()
-        if wanted(name) and isinstance(value, Tensor)
-    }
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
+    return loaded  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _readable(file: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{file} cannot be read as weights: {error}. Save or fetch it again"
+        ) from error

@@ -42,17 +42,18 @@ def patched_model(
     )
     with torch.no_grad():
         lsg_patch.global_embeddings(model).copy_(tensors["global_embeddings"])
-    drawn = sorted(
-        (n for n in tensors if n.startswith("lsh.randn")), key=lambda n: int(n.split(".")[-1])
-    )
-    if drawn:  # a short input draws nothing
-        _feed([tensors[name] for name in drawn], model)
+    feed_drawn(tensors, model)
     return model
 
 
-def _feed(drawn: list[Tensor], model: Any) -> None:
+def feed_drawn(tensors: dict[str, Tensor], model: Any) -> None:
     """Layers that run get the reference's random tensors one by one; they may share a module."""
-    remaining = iter(drawn)
+    drawn = sorted(
+        (n for n in tensors if n.startswith("lsh.randn")), key=lambda n: int(n.split(".")[-1])
+    )
+    if not drawn:
+        return  # a short input draws nothing
+    remaining = iter([tensors[name] for name in drawn])
 
     def fill(module: Any, *_: Any) -> None:
         for name, buffer in module.named_buffers():

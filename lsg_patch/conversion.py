@@ -1,0 +1,202 @@
+"""A checkpoint is made one of long inputs, as the reference's conversion script does, and saved as ours."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lsg_patch.checkpoints import from_pretrained, load, named_class
+from lsg_patch.config import KEY, LSGConfig
+from lsg_patch.families import find_base
+from lsg_patch.inspection import check_stored
+from lsg_patch.patching import (
+    get_config,
+    global_embeddings,
+    is_patched,
+    patch_model,
+    unpatch_model,
+)
+from lsg_patch.published import is_published, without_prefix
+from lsg_patch.tokenizer import find_token_ids, tokenizer_at
+from lsg_patch.weights import Source
+
+# the reference's script takes them
+LENGTH, SEED = 4096, 123
+# of a short input's largest output; rounding is a hundredth of it
+TOLERANCE = 1e-4
+# what says what global tokens are at first
+_OF_ROWS = ("global_positional_stride", "random_global_init")
+
+
+class Conversion(NamedTuple):
+    """What was done and found out, a line each, and whether the tests passed."""
+
+    lines: tuple[str, ...]
+    passed: bool
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    max_length: int | None = None,
+    architecture: str | None = None,
+    keep_first_global_token: bool = False,
+    resize_lsg: bool = False,
+    use_token_ids: bool = True,
+    test: bool = False,
+    **settings: Any,
+) -> Conversion:
+    """Read a checkpoint, patch it for long inputs and save it with its tokenizer, in float32.
+
+    ``from_pretrained(out)`` gives the patched model. A ``source`` that was saved patched, by us or by
+    the reference, is patched anew: positions are tiled from those it has and global tokens made of
+    these. It keeps its global tokens with ``resize_lsg``, and where nothing else is asked for than
+    settings of the attention: then it is saved in our format as it is.
+
+    Args:
+        source: a folder or a repository of the hub.
+        out: the folder to write, new or empty.
+        max_length: tokens that it reads afterwards. None: 4096, or those of a patched source.
+        architecture: the class of the model, perhaps with the reference's prefix LSG. None: the one
+            that the source's config names.
+        keep_first_global_token: of a patched source the first global token stays.
+        resize_lsg: of a patched source all of them stay.
+        use_token_ids: new global tokens have the first token type, as first tokens have. False: none.
+        test: compare a short input's outputs with the source's, and read a long one.
+        settings: those of ``LSGConfig``, ``random_global_init``, ``global_positional_stride`` and
+            ``seed`` (123 where it is not given) among them. Those that are not given are the
+            defaults, or those of a patched source.
+
+    Raises:
+        ValueError: an argument, the source or ``out`` is wrong; nothing is written.
+        TypeError: the model is of no family that can be patched.
+        OSError: there is no such source, or ``out`` cannot be written.
+    """
+    found, folder = Source.of(source, {}), os.fspath(out)
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise ValueError(
+            f"out={folder!r} exists and is not empty: name another folder, or empty it"
+        )
+    stated = found.config()
+    cls = None if architecture is None else named_class([without_prefix(architecture)])
+    tokenizer, why = tokenizer_at(found.path)
+    if is_published(stated) or KEY in stated:
+        model = from_pretrained(found.path, cls)
+    else:
+        for name, given in (
+            ("resize_lsg", resize_lsg),
+            ("keep_first_global_token", keep_first_global_token),
+        ):
+            if given:
+                raise ValueError(f"{name}=True, but {found.path!r} is not patched: leave it out")
+        stored = found.stored()
+        check_stored(stored, quantized="quantization_config" in stated)
+        model, _ = load(found, stated, stored, cls, {})
+    model = model.float().eval()
+    was = get_config(model) if is_patched(model) else None
+    if was is None:
+        settings = {"max_position_embeddings": max_length or LENGTH, "seed": SEED, **settings}
+        config = LSGConfig(**settings)
+    else:
+        length = {} if max_length is None else {"max_position_embeddings": max_length}
+        config = replace(was, **{**length, **settings})
+    base, family = find_base(model)
+    short = _short(model, tokenizer, config) if test else None
+    before = None if short is None else _outputs(base, short)
+    new_rows = keep_first_global_token or any(name in settings for name in _OF_ROWS)
+    kept = was is not None and (
+        resize_lsg
+        or not (new_rows or config.max_position_embeddings != was.max_position_embeddings)
+    )
+    if kept:
+        changed = {name: value for name, value in vars(config).items() if value != vars(was)[name]}
+        model = from_pretrained(found.path, cls, tokenizer=tokenizer, **changed).float()
+    else:
+        first = global_embeddings(model)[:1].detach().clone() if keep_first_global_token else None
+        patch_model(unpatch_model(model) if was else model, config, tokenizer=tokenizer)
+        with torch.no_grad():
+            if config.num_global_tokens and family.token_types and not use_token_ids:
+                types = base.get_submodule(f"{family.embeddings}.{family.token_types}")
+                row: Any = types.weight
+                global_embeddings(model).sub_(row[0])
+            if config.num_global_tokens and first is not None:
+                global_embeddings(model).data[:1] = first
+    config = get_config(model)
+    model.save_pretrained(folder)
+    lines = [
+        f"{type(model).__name__}: reads {config.max_position_embeddings} tokens, saved in {folder}"
+    ]
+    rows = "kept" if kept else "new, but the first" if keep_first_global_token else "new"
+    lines.append(f"global tokens: {config.num_global_tokens}, {rows}")
+    if tokenizer is None:
+        lines.append(f"tokenizer: none, {why}")
+    else:
+        tokenizer.model_max_length = config.max_position_embeddings
+        tokenizer.init_kwargs["model_max_length"] = config.max_position_embeddings
+        tokenizer.save_pretrained(folder)
+    if short is None or before is None:
+        return Conversion(tuple(lines), True)
+    same = _short_is_as_before(was, config, kept, use_token_ids)
+    tests, passed = _test(from_pretrained(folder), short, before, same)
+    return Conversion((*lines, *tests), passed)
+
+
+def _short(model: nn.Module, tokenizer: Any, config: LSGConfig) -> Tensor:
+    """Ids (1, T) of up to two blocks, which the source can read as well; cls or bos is the first."""
+    base, _ = find_base(model)
+    stated: Any = base.config
+    length = min(2 * config.block_size, config.max_position_embeddings, 128)
+    reach = stated.max_position_embeddings - (stated.pad_token_id or 0) - 1
+    return _ids(stated, tokenizer, max(1, min(length, reach)))
+
+
+def _ids(stated: Any, tokenizer: Any, length: int) -> Tensor:
+    ids = torch.randint(stated.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids[ids == stated.pad_token_id] = (stated.pad_token_id or 0) + 1
+    with suppress(ValueError):  # without such a token there are no global tokens to stand in for it
+        ids[0, 0] = find_token_ids(stated, tokenizer, needs_mask=False)[0]
+    return ids
+
+
+def _outputs(base: nn.Module, ids: Tensor) -> Tensor:
+    more = {"decoder_input_ids": ids[:, :4]} if base.config.is_encoder_decoder else {}  # type: ignore[union-attr]
+    with torch.no_grad():
+        return base(input_ids=ids, **more)[0]  # type: ignore[no-any-return]
+
+
+def _short_is_as_before(
+    was: LSGConfig | None, now: LSGConfig, kept: bool, use_token_ids: bool
+) -> bool:
+    """Whether a short input's outputs are to be those of the source."""
+    names = (
+        "mask_first_token",
+        "pool_with_global",
+        "num_global_tokens",
+        "pass_global_tokens_to_decoder",
+    )
+    if was is not None:
+        return kept and all(getattr(was, name) == getattr(now, name) for name in names)
+    stands_in = bool(now.mask_first_token) and now.pool_with_global and use_token_ids
+    return now.num_global_tokens == 0 or (now.num_global_tokens == 1 and stands_in)
+
+
+def _test(model: nn.Module, short: Tensor, before: Tensor, same: bool) -> tuple[list[str], bool]:
+    base, _ = find_base(model.eval())
+    difference = (_outputs(base, short) - before).abs().max().item()
+    fits = difference <= TOLERANCE * max(1.0, before.abs().max().item())
+    said = f"short input ({short.shape[1]} tokens): largest difference {difference:.1e}, "
+    if not same:
+        said += "it may differ: global tokens are seen besides its own, or are others than before"
+    else:
+        said += "as before" if fits else "NOT as before"
+    length = get_config(model).max_position_embeddings
+    long = _outputs(base, _ids(base.config, None, length))
+    finite = bool(torch.isfinite(long).all())
+    lines = [said, f"long input ({length} tokens): {'finite' if finite else 'NOT finite'}"]
+    return lines, finite and (fits or not same)

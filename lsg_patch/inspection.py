@@ -1,0 +1,151 @@
+"""A checkpoint is looked at before anything is built from it, and after: what does not fit is named."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lsg_patch.families import family_of
+
+# numbers of a config that make the sizes of weights, and how many of these there are
+_SIZES = re.compile(r"(^|_)(size|dim|model|heads|num|embeddings|labels)$")
+_COUNTS = re.compile(r"_(layers|groups)$")
+_WIDTHS = ("hidden_size", "d_model", "dim")
+# so many numbers, or layers, are made in any case
+_HARMLESS, _FEW_LAYERS = 2**24, 100
+# generation has a word for one of its choices
+_ALSO_WORDS = ("early_stopping",)
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+# of weights whose numbers are no floating-point ones
+_INDICES = re.compile(r"(^|\.|_)(ids|num_batches_tracked|index)$")
+_MEND = "correct it, or save or fetch the checkpoint again"
+
+
+class Stored(NamedTuple):
+    """A weight as a file has it; ``dtype`` is torch's name."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def check_config(stated: Mapping[str, Any], default: Any, stored: Mapping[str, Stored]) -> None:
+    """What ``config.json`` says is of the types that ``default``, a config of its class, has, and no
+    size makes a weight larger than all weights that are ``stored``.
+
+    Raises:
+        ValueError: it names the key, its value and the mend.
+    """
+    width = next((stated[name] for name in _WIDTHS if type(stated.get(name)) is int), 1)
+    total = sum(math.prod(weight.shape) for weight in stored.values())
+    for name, value in stated.items():
+        where = f"config.json has {name}={_short(value)}"
+        kinds = _kinds(name, vars(default).get(name))
+        if kinds and value is not None and type(value) not in kinds:
+            raise ValueError(f"{where}, which must be of type {kinds[0].__name__}: {_MEND}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}, which must be finite: {_MEND}")
+        if isinstance(value, dict) and "model_type" in value:
+            check_config(value, SimpleNamespace(), stored)
+        size, count = _SIZES.search(name), _COUNTS.search(name)
+        if not (size or count) or not isinstance(value, (int, float)) or value is True:
+            continue
+        if type(value) is float or value < 0:
+            raise ValueError(f"{where}, which must be a whole number from 0 on: {_MEND}")
+        most = max(total, _HARMLESS) // max(1, width) if size else max(len(stored), _FEW_LAYERS)
+        if value > most:
+            raise ValueError(f"{where}, more than the {total} numbers of its weights make: {_MEND}")
+    for name in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(stated.get(name)):
+            raise ValueError(f"config.json has {name}={stated[name]!r}, code of a hub: take it out")
+
+
+def _kinds(name: str, default: Any) -> tuple[type, ...]:
+    """What types a value may have by JSON, known from the default one; nothing: any."""
+    if name.endswith("token_id") and default is not None:
+        return int, list
+    if name in _ALSO_WORDS or type(default) not in (bool, int, float, str, list, dict):
+        return ()
+    return (int, float) if type(default) in (int, float) else (type(default),)
+
+
+def check_stored(stored: Mapping[str, Stored], quantized: bool) -> None:
+    """All weights are floating-point numbers, if they are not ``quantized``.
+
+    Raises:
+        ValueError: there are no weights, or one is of another type.
+    """
+    if not stored:
+        raise ValueError(f"the checkpoint has no file of weights, or an empty one: {_MEND}")
+    for name, weight in stored.items():
+        if not quantized and weight.dtype not in _FLOATS and not _INDICES.search(name):
+            raise ValueError(
+                f"{weight.file} has {name} as torch.{weight.dtype}, weights are {', '.join(_FLOATS)}: "
+                f"{_MEND}"
+            )
+
+
+def check_loaded(
+    path: str, model: nn.Module, info: Mapping[str, Any], whole: bool, resized: bool
+) -> None:
+    """Every weight of ``model`` came from the checkpoint, and every one there has a place in it.
+
+    Args:
+        info: what ``from_pretrained`` says of the load.
+        whole: the class is the one that was saved; else a head may be new, or left out.
+        resized: other shapes are what the caller asked for.
+
+    Raises:
+        ValueError: it names the weights.
+    """
+    parts = [
+        f"{name}.{part}." if name else f"{part}."
+        for name, module in model.named_modules()
+        if (family := family_of(module)) is not None
+        for part in (family.embeddings, family.stack, family.decoder)
+        if part
+    ]
+    shared: dict[int, set[str]] = {}
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        shared.setdefault(id(parameter), set()).add(name)
+    missing = set(info["missing_keys"])
+    tied = {name for names in shared.values() if not names <= missing for name in names}
+    found = {
+        "lacks": missing - tied,
+        "has no place in the model for": set(info["unexpected_keys"]),
+        "has of another shape": ()
+        if resized
+        else {_named(item) for item in info["mismatched_keys"]},
+    }
+    for what, names in found.items():
+        wrong = sorted(name for name in names if _counts(name, parts, whole))
+        if wrong:
+            raise ValueError(
+                f"{path!r} {what} {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}: config.json and "
+                f"weights of {type(model).__name__} do not fit; {_MEND}"
+            )
+
+
+def _counts(name: str, parts: Collection[str], whole: bool) -> bool:
+    if _INDICES.search(name) or name.endswith("global_embeddings.weight"):
+        return False
+    return whole or any(f".{part}" in f".{name}" for part in parts)
+
+
+def _named(item: Any) -> str:
+    """Of a weight of another shape: its name, and the shapes where they are told."""
+    if isinstance(item, str):
+        return item
+    name, *shapes = item
+    told = [str(tuple(shape)) for shape in shapes if not isinstance(shape, str)]
+    return f"{name} ({' for '.join(told)})" if told else str(name)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:50]}..."
