@@ -92,20 +92,6 @@ def arguments_by_row(stack: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in forward_parameters(stack)[1:] if name not in known)
 
 
-def takes_embeds_as_embedded(base: nn.Module) -> bool:
-    """Whether a base model takes given embeddings for the output of its embeddings (ESM, 4.56).
-
-    Its forward then names that output as they are named. Others hand them to their embeddings.
-    """
-    for cls in type(base).__mro__:
-        if "forward" in vars(cls):
-            code = dis.get_instructions(inspect.unwrap(vars(cls)["forward"]))
-            stored = [str(made.argval) for made in code if made.opname.startswith("STORE_FAST")]
-            # two stores may be one instruction (Python 3.13)
-            return any("inputs_embeds" in names for names in stored)
-    return False
-
-
 def attention_outputs(attention: nn.Module) -> int:
     """How many values a self-attention module must return: the states, the maps, perhaps a cache.
 
@@ -293,11 +279,6 @@ class CrossMask:
         )
 
 
-def word_scale(embeddings: Any, words: Any) -> float:
-    """What words are multiplied with: where they are looked up (4.39 and later), or after that."""
-    return float(getattr(words, "embed_scale", 1.0) * scale_of_looked_up_words(embeddings))
-
-
 def scale_of_looked_up_words(embeddings: Any) -> float:
     """What the owner of the words multiplies with after looking them up."""
     return float(getattr(embeddings, "embed_scale", 1.0))
@@ -319,15 +300,6 @@ class PositionInput:
     def one_token(self, given: Any) -> Any:
         """The argument for the first token alone."""
         return torch.Size((given[0], 1)) if self.is_shape else given[:, :1]
-
-
-def is_left_behind(module: nn.Module, forward: Any) -> bool:
-    """Whether an instance's own ``forward`` is only its class's, bound.
-
-    5.0 and 5.1 leave such a one on every module whose outputs they recorded. It would hide the
-    forward of another class; to take it away changes nothing.
-    """
-    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def has_relative_positions(config: Any) -> bool:

@@ -9,7 +9,7 @@ from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family
 from lsg_patch.modules import causal, encoder, stack
 from lsg_patch.modules.arguments import Argument
-from lsg_patch.modules.swapped import journals_of
+from lsg_patch.modules.link import Link
 from lsg_patch.plan import Plan
 from lsg_patch.undo import Journal
 
@@ -29,14 +29,15 @@ def _hook_stack(
 ) -> None:
     for name in family.methods_left_out:
         journal.set_attribute(plan.stack, name, stack.leave_out)
-    enter_model = _check_of(base, config)
-    journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
+    enter_model = _check_of(base, family, plan, config)
+    journal.before(base, enter_model)
     _hook_positions(base, plan, journal)
-    _hook_embeddings(base, family, plan, journal)
+    prepend = _hook_embeddings(base, family, plan, journal)
     of_stack = compat.forward_parameters(plan.stack)
     stack_mask = Argument.of(of_stack, *compat.MASK_NAMES)
     enter_stack = stack.EnterStack(
         config,
+        prepend,
         Argument.of(of_stack, of_stack[0]),
         stack_mask,
         Argument.of(of_stack, compat.ROTATION),
@@ -44,22 +45,25 @@ def _hook_stack(
         family.relative_bias,
         plan.global_positions,
     )
-    journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
-    # before other hooks on the outputs, which then see what the unpatched model gives
+    journal.before(plan.stack, enter_stack)
     collects = compat.stack_collects_hidden_states(plan.stack)
     after_stack = stack.LeaveStack(stack_mask, collects)
-    journal.add_hook(plan.stack.register_forward_hook(after_stack, with_kwargs=True, prepend=True))
+    journal.after(plan.stack, after_stack)
     if not collects:
         after_model = stack.LeaveModel(
             config, enter_model.mask, enter_model.wants_attentions, plan.num_layers
         )
-        journal.add_hook(base.register_forward_hook(after_model, with_kwargs=True, prepend=True))
+        journal.after(base, after_model)
 
 
-def _check_of(base: nn.Module, config: LSGConfig) -> stack.EnterModel:
-    """What happens before a base model that has its embeddings outside of its stack."""
-    parameters = compat.forward_parameters(base)
-    four_dimensions = compat.passes_masks_of_four_dimensions(base)
+def _check_of(owner: nn.Module, family: Family, plan: Plan, config: LSGConfig) -> stack.EnterModel:
+    """What happens before the ``owner`` of the embeddings, the base model or its stack."""
+    parameters = compat.forward_parameters(owner)
+    inside = family.embeds_in_stack
+    first_word = None
+    if plan.bos_id is not None and config.mask_first_token:
+        words = family.words if inside else f"{family.embeddings}.{family.words}"
+        first_word = stack.FirstWord(words, plan.bos_id)
     return stack.EnterModel(
         config,
         ids=Argument.of(parameters, "input_ids"),
@@ -68,9 +72,10 @@ def _check_of(base: nn.Module, config: LSGConfig) -> stack.EnterModel:
         positions=Argument.of(parameters, "position_ids"),
         head_mask=Argument.of(parameters, "head_mask"),
         wants_attentions=Argument.of(parameters, "output_attentions"),
-        four_dimensions=four_dimensions,
-        needs_head_mask=compat.expands_masks_without_head_mask(base),
-        needs_mask=compat.takes_embeds_as_embedded(base) and not four_dimensions,
+        four_dimensions=not inside and compat.passes_masks_of_four_dimensions(owner),
+        needs_head_mask=not inside and compat.expands_masks_without_head_mask(owner),
+        cache=Argument.of(parameters, "past_key_values"),
+        first_word=first_word,
     )
 
 
@@ -87,42 +92,45 @@ def _hook_positions(base: nn.Module, plan: Plan, journal: Journal) -> None:
             Argument.of(of_base, *compat.MASK_NAMES),
             plan.global_positions,
         )
-        journal.add_hook(base.register_forward_pre_hook(give, with_kwargs=True))
+        journal.before(base, give)
     if plan.rotary.table is not None and plan.positions is not None:
         # the stack would read as many rows as it has; its layers get theirs with the layout
         one = encoder.FirstPosition(compat.PositionInput.of(plan.positions))
-        journal.add_hook(plan.positions.register_forward_pre_hook(one))
+        journal.before(plan.positions, one, with_kwargs=False)
 
 
-def _hook_embeddings(base: nn.Module, family: Family, plan: Plan, journal: Journal) -> None:
-    """Global tokens in front of embedded ones, wherever these come from."""
+def _hook_embeddings(
+    base: nn.Module, family: Family, plan: Plan, journal: Journal
+) -> stack.PrependGlobals | None:
+    """Notes for the stack on what is embedded; gives what puts the global tokens in front there."""
     parameters = compat.forward_parameters(plan.embeddings)
     mask = Argument.of(parameters, *compat.MASK_NAMES)
     if mask.position is not None:
         compact = stack.CompactMask(mask)
-        journal.add_hook(plan.embeddings.register_forward_pre_hook(compact, with_kwargs=True))
+        journal.before(plan.embeddings, compact)
     if plan.global_rows is None:
-        return
-    prepend = stack.PrependGlobals(
+        return None
+    journal.set_attribute(plan.stack, "lsg_base", Link(base))
+    journal.before(base, stack.LinkStack(family.stack), with_kwargs=False)
+    tokens = stack.GlobalTokens(
         family.global_path,
-        Argument.of(parameters, "input_ids"),
-        mask,
-        family.word_scale,
         positions=family.positions if plan.rotary is None else None,
         places=tuple(plan.offset + position for position in plan.global_positions),
     )
-    handle = plan.embeddings.register_forward_hook(prepend, with_kwargs=True, prepend=True)
-    journal.add_hook(handle)
-    if compat.takes_embeds_as_embedded(base):
-        embeds = Argument.of(compat.forward_parameters(base), "inputs_embeds")
-        to_given = stack.PrependToGiven(prepend, family.embeddings, embeds)
-        journal.add_hook(base.register_forward_pre_hook(to_given, with_kwargs=True))
+    note = stack.NoteGlobals(tokens, Argument.of(parameters, "input_ids"), mask, family.word_scale)
+    journal.after(plan.embeddings, note)
+    projection = getattr(base, family.projection, None) if family.projection else None
+    if projection is not None:
+        journal.after(projection, stack.carry_globals, with_kwargs=False)
+    return stack.PrependGlobals(
+        tokens, family.embeddings, None if projection is None else family.projection
+    )
 
 
 def _hook_causal_stack(
     base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
 ) -> None:
-    check = _check_of(base, config)
+    check = _check_of(base, family, plan, config)
     carrier = compat.CausalMaskCarrier.of(base, plan.num_layers)
     of_base = compat.forward_parameters(base)
     enter_model = causal.EnterCausalModel(
@@ -133,13 +141,14 @@ def _hook_causal_stack(
         states_mask=Argument.of(of_base, "encoder_attention_mask"),
         cross_mask=compat.CrossMask.of(base),
     )
-    journal.add_hook(base.register_forward_pre_hook(enter_model, with_kwargs=True))
+    journal.before(base, enter_model)
     _hook_positions(base, plan, journal)
-    _hook_embeddings(base, family, plan, journal)
+    prepend = _hook_embeddings(base, family, plan, journal)
     of_stack = compat.forward_parameters(plan.stack)
     mask = Argument.of(of_stack, *compat.MASK_NAMES)
     enter_stack = causal.EnterCausalStack(
         config,
+        prepend,
         carrier,
         hidden=Argument.of(of_stack, of_stack[0]),
         mask=mask,
@@ -147,32 +156,20 @@ def _hook_causal_stack(
         rotary=plan.rotary,
         of_globals=plan.global_positions,
     )
-    journal.add_hook(plan.stack.register_forward_pre_hook(enter_stack, with_kwargs=True))
-    # before other hooks on the outputs, which then see what the unpatched model gives
+    journal.before(plan.stack, enter_stack)
     leave_stack = causal.LeaveCausalStack(mask)
-    journal.add_hook(plan.stack.register_forward_hook(leave_stack, with_kwargs=True, prepend=True))
+    journal.after(plan.stack, leave_stack)
     if not compat.stack_collects_hidden_states(plan.stack):
         leave_model = stack.LeaveModel(config, check.mask, check.wants_attentions, plan.num_layers)
         leave_decoder = causal.LeaveCausalModel(leave_model, carrier)
-        journal.add_hook(base.register_forward_hook(leave_decoder, with_kwargs=True, prepend=True))
+        journal.after(base, leave_decoder)
 
 
 def _hook_encoder(
     base: nn.Module, family: Family, plan: Plan, config: LSGConfig, journal: Journal
 ) -> None:
     parameters = compat.forward_parameters(plan.stack)
-    attentions = Argument.of(parameters, "output_attentions")
-    check = stack.EnterModel(
-        config,
-        ids=Argument.of(parameters, "input_ids"),
-        embeds=Argument.of(parameters, "inputs_embeds"),
-        mask=Argument.of(parameters, *compat.MASK_NAMES),
-        positions=Argument.of(parameters, "position_ids"),
-        head_mask=Argument.of(parameters, "head_mask"),
-        wants_attentions=attentions,
-        four_dimensions=False,
-        needs_head_mask=False,
-    )
+    check = _check_of(plan.stack, family, plan, config)
     carrier = compat.MaskCarrier.of(plan.stack, len(plan.attentions))
     carried = Argument.of(parameters, carrier.argument)
     # an encoder that embeds its input has a table of positions
@@ -181,19 +178,19 @@ def _hook_encoder(
     enter = encoder.EnterEncoder(
         config, check, carrier, carried, family.words, family.positions, takes
     )
-    journal.add_hook(plan.stack.register_forward_pre_hook(enter, with_kwargs=True))
-    journal.add_hook(plan.positions.register_forward_pre_hook(encoder.FirstPosition(takes)))
-    journal.add_hook(plan.positions.register_forward_hook(encoder.no_positions))
+    journal.before(plan.stack, enter)
+    journal.before(plan.positions, encoder.FirstPosition(takes), with_kwargs=False)
+    journal.after(plan.positions, encoder.no_positions, with_kwargs=False)
     for module in plan.attentions:
         of_module = compat.forward_parameters(module)
         mask = Argument.of(of_module, *compat.MASK_NAMES)
         handed_on = Argument.of(of_module, carrier.layer_argument)
         give = encoder.GiveLayout(config, carrier, handed_on, mask)
-        own = journals_of(module)[0]
-        own.add_hook(module.register_forward_pre_hook(give, with_kwargs=True))
-    # before other hooks on the outputs, which then see what the unpatched model gives
-    leave = encoder.LeaveEncoder(config, carrier, carried, attentions, len(plan.attentions))
-    journal.add_hook(plan.stack.register_forward_hook(leave, with_kwargs=True, prepend=True))
+        journal.before(module, give)
+    leave = encoder.LeaveEncoder(
+        config, carrier, carried, check.wants_attentions, len(plan.attentions)
+    )
+    journal.after(plan.stack, leave)
     if plan.decoder is not None and config.pass_global_tokens_to_decoder:
         of_decoder = compat.forward_parameters(plan.decoder)
         see = encoder.EnterDecoder(
@@ -201,4 +198,4 @@ def _hook_encoder(
             states=Argument.of(of_decoder, "encoder_hidden_states"),
             mask=Argument.of(of_decoder, "encoder_attention_mask"),
         )
-        journal.add_hook(plan.decoder.register_forward_pre_hook(see, with_kwargs=True))
+        journal.before(plan.decoder, see)

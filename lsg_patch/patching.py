@@ -7,45 +7,43 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
-from lsg_patch import compat
 from lsg_patch.config import LSGConfig
-from lsg_patch.families import Family, find_base
+from lsg_patch.families import FAMILIES, Family, find_base
 from lsg_patch.hooking import hook_edges
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.layer import swap_layer, swap_row_wise
+from lsg_patch.modules.link import Link
 from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
 from lsg_patch.modules.self_attention import swap_attention
-from lsg_patch.modules.swapped import journals_of
-from lsg_patch.plan import CHUNK, Plan, configs_around, make_plan
+from lsg_patch.offloading import value_of
+from lsg_patch.plan import CHUNK, Plan, check_revert, configs_around, make_plan
 from lsg_patch.tokenizer import set_max_length
-from lsg_patch.undo import Journal
+from lsg_patch.undo import Journal, record_of, records_of
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 GLOBAL_EMBEDDINGS = "global_embeddings"
-PATCH = "_lsg_patch"
 
 
 @dataclass
-class Patch:
-    """What a patched base model carries: its settings, and how to undo them.
+class Patch(Journal):
+    """What a patched base model carries: the record of all changes, and the settings.
 
     ``stated_length`` is what the model's config said before, ``patched_length`` what it says now.
     """
 
-    config: LSGConfig
-    family: str
-    journal: Journal
-    stated_length: int | None
-    patched_length: int
+    config: LSGConfig = field(kw_only=True)
+    family: str = field(kw_only=True)
+    stated_length: int | None = field(kw_only=True)
+    patched_length: int = field(kw_only=True)
 
 
 def _settings_once(patch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -131,28 +129,27 @@ def patch_model(
         config = LSGConfig(**{field.name: given[field.name] for field in fields(LSGConfig)})
     base, family = find_base(model)
     config = config.with_family_default(family.begins_with_cls)
-    if is_patched(base):
+    if any(True for _ in records_of(base)):
         raise ValueError(
-            f"{type(base).__name__} is patched already: unpatch_model(model) first, then patch it anew"
+            f"{type(base).__name__}, or a module in it, is patched already: unpatch_model(model) first, "
+            "then patch it anew"
         )
-    journal = Journal()
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
         plan = make_plan(model, base, family, config, tokenizer)
         if not plan.can_unpad:
             config = replace(config, unpad=False)
         patch = Patch(
-            config,
-            family.name,
-            journal,
+            base,
+            config=config,
+            family=family.name,
             stated_length=getattr(base.config, "max_position_embeddings", None),
             patched_length=config.max_position_embeddings + plan.config_offset,
         )
         try:
-            _apply(base, family, config, plan, tokenizer, journal)
-            journal.set_attribute(base, PATCH, patch)
+            _apply(base, family, config, plan, tokenizer, patch)
         except BaseException:
-            journal.undo()
+            patch.undo()
             raise
     logger.info(
         "patched %s: %d attention modules, %d positions, %d global tokens",
@@ -173,24 +170,37 @@ def unpatch_model(model: Model) -> Model:
     were copied or moved into ``model`` from a patched one are reverted as well.
 
     Raises:
-        ValueError: nothing in ``model`` is patched.
+        ValueError: nothing in ``model`` is patched; or it was changed while it was, so that it could
+            not be reverted as a whole: then nothing is.
+        RuntimeError: something failed all the same. The rest is reverted; what is left is named, and
+            a further call tries it again.
     """
-    patches: list[tuple[nn.Module, Patch]] = [(x, vars(x)[PATCH]) for x in _patched_bases(model)]
-    # undone from the end: the records of modules that are where they were are empty by their turn
-    changes = Journal([*journals_of(model), *(patch.journal for _, patch in patches)])
-    if not changes.changes:
+    records = dict(records_of(model))
+    if not records:
         _require_patched(model)
-    for module in model.modules():
-        _drop_stale_forward(module)
-    try:
-        with torch.inference_mode(False):
-            changes.undo()
-    finally:
-        # a config that was put in the place of the one that was changed states the length too
-        for base, patch in patches:
-            for config in configs_around(model, base).values():
-                if getattr(config, "max_position_embeddings", None) == patch.patched_length:
-                    config.max_position_embeddings = patch.stated_length
+    check_revert(model, records)
+    bases = _patches(model)
+    failed: Exception | None = None
+    with torch.inference_mode(False):
+        # a base model comes before what is in it, the records of which are mostly empty by their turn
+        for record in records.values():
+            try:
+                record.undo()
+            except Exception as error:
+                failed = error
+    # a config that was put in the place of the one that was changed states the length too
+    for base, patch in bases:
+        if patch.changes:
+            continue
+        for config in configs_around(model, base).values():
+            if getattr(config, "max_position_embeddings", None) == patch.patched_length:
+                config.max_position_embeddings = patch.stated_length
+    if failed is not None:
+        left = ", ".join(f"model.{name}" for name, record in records.items() if record.changes)
+        raise RuntimeError(
+            f"the model is reverted but for something in {left} ({failed}): mend that and call "
+            "unpatch_model(model) again"
+        ) from failed
     return model
 
 
@@ -207,7 +217,7 @@ def freeze_except_global(model: Model, train_head: bool = True) -> Model:
         ValueError: ``model`` is not patched, or patched with ``num_global_tokens=0``.
     """
     trained = global_embeddings(model)
-    of_bases = {id(p) for base in _require_patched(model) for p in base.parameters()}
+    of_bases = {id(p) for base, _ in _require_patched(model) for p in base.parameters()}
     for parameter in model.parameters():
         in_head = train_head and id(parameter) not in of_bases
         parameter.requires_grad_(parameter is trained or in_head)
@@ -230,7 +240,7 @@ def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether ``model`` is patched, or holds a model that is."""
-    return bool(_patched_bases(model))
+    return bool(_patches(model))
 
 
 def get_config(model: nn.Module) -> LSGConfig:
@@ -239,38 +249,39 @@ def get_config(model: nn.Module) -> LSGConfig:
     Raises:
         ValueError: ``model`` is not patched.
     """
-    config: LSGConfig = vars(_require_patched(model)[0])[PATCH].config
-    return config
+    _, patch = _require_patched(model)[0]
+    return patch.config
 
 
 def global_embeddings(model: nn.Module) -> nn.Parameter:
     """The trainable embeddings of the global tokens, (num_global_tokens, width).
 
+    Those that a forward takes: where a tool keeps several (PEFT's modules_to_save), the active ones.
+
     Raises:
         ValueError: ``model`` is not patched, or patched with ``num_global_tokens=0``.
     """
-    for module in _require_patched(model)[0].modules():
-        if isinstance(module, GlobalEmbeddings):
-            return module.weight
-    raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
+    base, patch = _require_patched(model)[0]
+    embeddings: Any = base.get_submodule(FAMILIES[patch.family].embeddings)
+    if not hasattr(embeddings, "lsg_self"):
+        raise ValueError("the model is patched with num_global_tokens=0: it has no global tokens")
+    rows: nn.Parameter = getattr(embeddings.lsg_self.module, GLOBAL_EMBEDDINGS).weight
+    return rows
 
 
 def _apply(
     base: nn.Module, family: Family, config: LSGConfig, plan: Plan, tokenizer: Any, journal: Journal
 ) -> None:
     """Make the changes, recording each of them."""
-    for module in base.modules():
-        _drop_stale_forward(module)
     length = config.max_position_embeddings
-    for table in (plan.positions, plan.decoder_positions):
-        if table is not None:
-            rows = table.weight.detach()
-            resized = family.computed_positions(rows, plan.offset, length, base.config)
-            stretched = False
-            if resized is None:
-                resized = RESIZED[config.positions](rows, plan.offset, length)
-                stretched = config.positions == "interpolate"
-            resize_positions(table, resized, journal, stretched)
+    for tables in plan.tables:
+        rows = value_of(tables[0]).detach()
+        resized = family.computed_positions(rows, plan.offset, length, base.config)
+        stretched = False
+        if resized is None:
+            resized = RESIZED[config.positions](rows, plan.offset, length)
+            stretched = config.positions == "interpolate"
+        resize_positions(tables, resized, journal, stretched)
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
     for model_config in plan.configs.values():
         journal.set_attribute(model_config, "max_position_embeddings", length + plan.config_offset)
@@ -286,23 +297,20 @@ def _apply(
         swap_row_wise(module, journal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
+        journal.set_attribute(plan.embeddings, "lsg_self", Link(plan.embeddings))
     hook_edges(base, family, plan, config, journal)
     if tokenizer is not None and hasattr(tokenizer, "model_max_length"):
         journal.record(set_max_length(tokenizer, length))
 
 
-def _drop_stale_forward(module: nn.Module) -> None:
-    own = vars(module).get("forward")
-    if own is not None and compat.is_left_behind(module, own):
-        del module.forward
+def _patches(model: nn.Module) -> list[tuple[nn.Module, Patch]]:
+    """The patched base models in ``model``."""
+    found = ((module, record_of(module)) for module in model.modules())
+    return [(module, record) for module, record in found if isinstance(record, Patch)]
 
 
-def _patched_bases(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if PATCH in vars(module)]
-
-
-def _require_patched(model: nn.Module) -> list[nn.Module]:
-    bases = _patched_bases(model)
-    if not bases:
+def _require_patched(model: nn.Module) -> list[tuple[nn.Module, Patch]]:
+    patches = _patches(model)
+    if not patches:
         raise ValueError(f"{type(model).__name__} is not patched: patch_model(model) patches it")
-    return bases
+    return patches

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -15,7 +16,11 @@ from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family, Rotary, find_modules
 from lsg_patch.modules.global_embeddings import global_positions, initial_rows
+from lsg_patch.modules.position_table import PositionsResized, shared_with, unlike_a_table
+from lsg_patch.modules.swapped import hidden_forward
+from lsg_patch.offloading import device_of, kept_as_a_whole, value_of
 from lsg_patch.tokenizer import find_token_ids
+from lsg_patch.undo import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +37,10 @@ class Plan:
     the number of rows before that of position 0 in the table ``positions`` (None: there is no
     table), of which ``max_position_embeddings`` of the model's ``configs`` counts ``config_offset``;
     ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
-    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none; ``chunked`` are
-    the modules that have a ``CHUNK``; ``layers`` are those of ``Family.layers``, ``row_wise`` those of
+    the global tokens; ``global_rows`` (num_global_tokens, width), or None for none, the first of which
+    is made of the token ``bos_id``; ``chunked`` are
+    the modules that have a ``CHUNK``; ``tables`` are all tables of positions, those that share a
+    weight together; ``layers`` are those of ``Family.layers``, ``row_wise`` those of
     ``Family.row_wise``; ``is_causal`` says that the model is a decoder; ``can_unpad`` that its layers
     can run on packed rows.
     """
@@ -43,7 +50,7 @@ class Plan:
     row_wise: list[nn.Module]
     stack: nn.Module
     embeddings: nn.Module
-    words: nn.Embedding
+    words: nn.Module
     positions: nn.Embedding | None
     rotary: Rotary | None
     global_positions: tuple[int, ...]
@@ -54,8 +61,9 @@ class Plan:
     num_layers: int
     chunked: list[nn.Module]
     decoder: nn.Module | None = None
-    decoder_positions: nn.Embedding | None = None
+    tables: list[list[nn.Embedding]] = field(default_factory=list)
     global_rows: Tensor | None = None
+    bos_id: int | None = None
     is_causal: bool = False
     can_unpad: bool = True
 
@@ -70,6 +78,7 @@ def make_plan(
         TypeError: it is not built as its family is.
     """
     _check_kind(base)
+    _check_wrappers(model, base.modules())
     try:
         plan = _locate(model, base, family, config)
     except AttributeError as error:
@@ -85,7 +94,7 @@ def make_plan(
     plan.can_unpad = hindrance is None
     if config.unpad and hindrance:
         raise ValueError(f"unpad=True: {type(base).__name__} {hindrance}; pass unpad=False")
-    _check_forwards((base, plan.embeddings, plan.stack, *plan.attentions))
+    _check_modules(base, plan)
     _check_positions(plan, config)
     _warn_of_unseen_tokens(plan, family, config)
     if plan.chunked:
@@ -134,21 +143,21 @@ def _unpad_hindrance(base: nn.Module, family: Family, plan: Plan) -> str | None:
 
 
 def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig) -> Plan:
-    embeddings = base.get_submodule(family.embeddings)
+    embeddings = _find(base, family.embeddings)
 
-    def table(name: str) -> nn.Embedding:
-        return _table(base, f"{family.embeddings}.{name}")
+    def table(name: str) -> nn.Module:
+        return _find(base, f"{family.embeddings}.{name}")
 
     for name in family.global_path:
         getattr(embeddings, name)
-    attentions = find_modules(base, family.attentions)
+    attentions = _find_all(base, family.attentions)
     names = family.names
     for module in attentions:
         for name in (names.query, names.key, names.value):
             module.get_submodule(name)
         for name in (names.heads, names.dropout):
             getattr(module, name)
-    stack = base.get_submodule(family.stack)
+    stack = _find(base, family.stack)
     for name in family.methods_left_out:
         getattr(stack, name)
     rotary = family.rotary
@@ -162,23 +171,20 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
     # on a CPU whatever device new tensors are made on at the moment: they become numbers
     stride, device = config.global_positional_stride, torch.device("cpu")
     taken = global_positions(reach, stride, config.num_global_tokens, device)
-    token_type = table(family.token_types).weight[0] if family.token_types else None
+    words = table(family.words)
     with torch.no_grad():
-        rest = (token_type, family.first_token_extra(embeddings, base.config))
-        known = [row.detach() for row in rest if row is not None]
-    layers = find_modules(base, family.layers) if family.layers else []
+        rest = [family.first_token_extra(embeddings, base.config)]
+        if family.token_types:
+            rest.append(_looked_up(table(family.token_types), [0])[0])
+        known = [row.detach().to(device_of(words)) for row in rest if row is not None]
+    layers = _find_all(base, family.layers) if family.layers else []
     return Plan(
         attentions=attentions,
         layers=layers,
-        row_wise=[
-            module
-            for layer in layers
-            for path, module in layer.named_modules()
-            if path in family.row_wise
-        ],
+        row_wise=[module for layer in layers for module in _find_any(layer, family.row_wise)],
         stack=stack,
         embeddings=embeddings,
-        words=table(family.words),
+        words=words,
         positions=positions,
         rotary=rotary,
         global_positions=tuple(taken.tolist()),
@@ -188,11 +194,39 @@ def _locate(model: nn.Module, base: nn.Module, family: Family, config: LSGConfig
         configs=configs_around(model, base),
         num_layers=getattr(base.config, "num_hidden_layers", len(attentions)),
         chunked=[module for module in stack.modules() if getattr(module, CHUNK, 0)],
-        decoder=base.get_submodule(family.decoder) if family.decoder else None,
-        decoder_positions=_table(base, family.decoder_positions)
-        if family.decoder_positions
-        else None,
+        decoder=_find(base, family.decoder) if family.decoder else None,
+        tables=_tables(base, family, positions),
     )
+
+
+# where modules have the one that they were put around: torch.compile, activation checkpointing
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def _find_all(root: nn.Module, path: str) -> list[nn.Module]:
+    """The modules below ``root`` at ``path``, without what was put around them, each once."""
+    found = dict.fromkeys(_unwrapped(module) for module in find_modules(root, path))
+    return list(found)
+
+
+def _find(root: nn.Module, path: str) -> nn.Module:
+    return _find_all(root, path)[0]
+
+
+def _find_any(root: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
+    """Those below ``root`` at ``paths``, where there are such."""
+    found = []
+    for path in paths:
+        with suppress(AttributeError):
+            found.append(_find(root, path))
+    return found
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    inner = next(
+        (vars(module)["_modules"][x] for x in WRAPPED if x in vars(module)["_modules"]), None
+    )
+    return module if inner is None else _unwrapped(inner)
 
 
 def _positions(base: nn.Module, family: Family, rotary: Rotary | None) -> nn.Embedding | None:
@@ -211,20 +245,113 @@ def _positions(base: nn.Module, family: Family, rotary: Rotary | None) -> nn.Emb
 
 
 def _table(base: nn.Module, path: str) -> nn.Embedding:
-    found = base.get_submodule(path)
+    """A table of positions, which is to have more of them: none that is inside of something else."""
+    found = _find(base, path)
     if not isinstance(found, nn.Embedding):
-        raise AttributeError(f"{path} is a {type(found).__name__}, not an Embedding")
+        raise ValueError(
+            f"{path} is a {type(found).__module__}.{type(found).__name__} and no torch.nn.Embedding, so "
+            "that it cannot get more positions: patch the model first, and put an adapter on or quantize "
+            "after that (of a PEFT model: merge_and_unload)"
+        )
+    hindrance = unlike_a_table(found)
+    if hindrance:
+        raise ValueError(f"{path} cannot get more positions: {hindrance}")
     return found
 
 
-def _check_forwards(modules: Iterable[nn.Module]) -> None:
-    for module in modules:
-        own = vars(module).get("forward")
-        if own is not None and not compat.is_left_behind(module, own):
+def _tables(
+    base: nn.Module, family: Family, positions: nn.Embedding | None
+) -> list[list[nn.Embedding]]:
+    """All tables of positions, those that share a weight together; a weight shared outside is refused."""
+    tables = [] if positions is None else [positions]
+    if family.decoder_positions:
+        tables.append(_table(base, family.decoder_positions))
+    groups: dict[int, list[nn.Embedding]] = {}
+    for table in dict.fromkeys(tables):
+        groups.setdefault(id(table.weight), []).append(table)
+    for group in groups.values():
+        other = shared_with(group)
+        if other is not None:
             raise ValueError(
-                f"the forward of a {type(module).__name__} was replaced by {own!r}, which would hide "
-                "the patch: patch the model first, or take the replacement away"
+                f"the model's table of positions shares its weight with another {other.__name__}, and a "
+                "patch replaces it: untie the two (give one a copy of the weight), patch both models, and "
+                "tie them again"
             )
+    return list(groups.values())
+
+
+def _looked_up(table: nn.Module, ids: list[int]) -> Tensor:
+    """What ``table`` gives for ``ids``, (n, width): quantized, offloaded, with an adapter, or plain."""
+    rows: Tensor = table(torch.tensor(ids, device=device_of(table)))
+    return rows
+
+
+# around or in a model, these share out its parameters or split them: those that it has at the time
+_DISTRIBUTED = (
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "DeepSpeedEngine",
+)
+
+
+def _check_wrappers(model: nn.Module, changed: Iterable[nn.Module]) -> None:
+    changed = set(changed)
+    for module in model.modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}.intersection(_DISTRIBUTED)
+        if kinds and not changed.isdisjoint(module.modules()):
+            raise ValueError(
+                f"a {min(kinds)} holds the parameters that the model has now, and would miss those that a "
+                "patch or its revert exchanges: patch and revert the plain model (model.module of what is "
+                "around it), and wrap or shard it after that. The full state dict of a sharded model "
+                "loads into a plain one that is patched alike"
+            )
+
+
+def _check_modules(base: nn.Module, plan: Plan) -> None:
+    """What other tools have made of the modules that are to be changed."""
+    for module in (*plan.attentions, *plan.layers, *plan.row_wise):
+        hidden = hidden_forward(module)
+        if hidden:
+            raise ValueError(f"a {type(module).__name__} cannot be patched: {hidden}")
+    changed = {plan.embeddings, *(table for tables in plan.tables for table in tables)}
+    swapped = changed.union(plan.attentions, plan.layers, [plan.stack])
+    for module in base.modules():
+        if "modules_to_save" in module._modules and not swapped.isdisjoint(module.modules()):
+            raise ValueError(
+                "PEFT keeps a second copy of a module that a patch changes (modules_to_save): patch the "
+                "model first, and put the adapter on after that"
+            )
+    for module in kept_as_a_whole(base):
+        if changed.intersection(module.modules()):
+            raise ValueError(
+                f"a hook of accelerate keeps the weights of a {type(module).__name__} as a whole, where "
+                "new ones have no place: patch the model first and offload it after that, or offload it "
+                "without preload_module_classes"
+            )
+
+
+def check_revert(model: nn.Module, records: dict[str, Journal]) -> None:
+    """Whether all ``records`` of ``model``, by their paths, can be taken back.
+
+    Raises:
+        ValueError: one cannot; nothing was changed.
+    """
+    _check_wrappers(model, (record.owner for record in records.values()))
+    present = set(model.modules())
+    for own in (own for record in records.values() for own in record.changes):
+        if isinstance(own, Journal) and own.owner not in present and own.holds(PositionsResized):
+            raise ValueError(
+                "the model's table of positions was replaced while it was patched: put that one back, then "
+                "revert"
+            )
+    # those of single modules first: that of a base model holds them as well, and says less where
+    for name, record in reversed(records.items()):
+        hindrance = record.hindrance()
+        if name.endswith(".base_layer"):
+            hindrance = "an adapter was put on it: merge or unload that first (merge_and_unload)"
+        if hindrance:
+            raise ValueError(f"model.{name} cannot be reverted, so nothing was: {hindrance}")
 
 
 def configs_around(model: nn.Module, base: nn.Module) -> dict[str, Any]:
@@ -279,19 +406,26 @@ def _global_rows(
 ) -> Tensor:
     by_mask_token = not config.random_global_init
     needs_mask = by_mask_token and config.num_global_tokens > 1
-    bos_id, mask_id = find_token_ids(base.config, tokenizer, needs_mask)
+    config_of_model: Any = base.config
+    bos_id, mask_id = find_token_ids(config_of_model, tokenizer, needs_mask)
+    plan.bos_id = bos_id
     added = None
     if plan.positions is not None and plan.rotary is None:
-        added = plan.positions.weight.detach()[plan.offset :]
-    scale = compat.word_scale(plan.embeddings, plan.words)
+        added = value_of(plan.positions).detach()[plan.offset :].to(device_of(plan.words))
+    ids = [bos_id, *([] if mask_id is None else [mask_id])]
+    if config.random_global_init:  # it asks for all of them, as they are numbered
+        ids = list(range(getattr(plan.words, "num_embeddings", config_of_model.vocab_size)))
+    with torch.no_grad():
+        words = _looked_up(plan.words, ids)
+    scale = compat.scale_of_looked_up_words(plan.embeddings)
     return initial_rows(
-        plan.words.weight.detach(),
+        words,
         added,
         plan.first_token_rest,
         num_global_tokens=config.num_global_tokens,
         stride=config.global_positional_stride,
-        bos_id=bos_id,
-        mask_id=mask_id,
+        bos_id=ids.index(bos_id),
+        mask_id=None if mask_id is None else ids.index(mask_id),
         word_scale=scale * float(family.word_scale(plan.embeddings, None, None)),
         random_init=config.random_global_init,
         seed=config.seed,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lsg_patch.undo import Change
+
 # first the one that inputs of an encoder begin with
 BOS_NAMES = ("cls_token_id", "bos_token_id")
 MASK_NAMES = ("mask_token_id",)
@@ -79,7 +81,7 @@ def set_max_length(tokenizer: Any, length: int) -> LimitSet:
 
 
 @dataclass
-class LimitSet:
+class LimitSet(Change):
     """A tokenizer's limit. A copy of the model has no part in it: only the model itself undoes it."""
 
     tokenizer: Any

@@ -1,70 +1,123 @@
 """The record of what was changed, in order, and its exact reversal.
 
-A record lives on the model that it is about, so that a deep copy or a pickle of the model carries
-a record of its own. Changes are therefore plain objects that refer to modules, never closures.
+A record lives on the module that it is about, so that a deep copy or a pickle of the module carries
+a record of its own; that of a base model holds those of all that was changed with it. Changes are
+therefore plain objects that refer to modules, never closures.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lsg_patch import offloading
 
-class Change(Protocol):
+RECORD = "_lsg_record"
+
+
+class Change(ABC):
     """Something done to a model that can be taken back."""
 
+    def hindrance(self) -> str | None:
+        """What keeps it from being taken back, and the mend, in words."""
+        return None
+
+    @abstractmethod
     def undo(self) -> None: ...
 
 
 @dataclass
-class Journal:
-    """Changes in the order in which they were made."""
+class Journal(Change):
+    """Changes of ``owner``, which carries them, and of what was changed with it, in order."""
 
+    owner: nn.Module
     changes: list[Change] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        setattr(self.owner, RECORD, self)
+
+    def of(self, module: Any) -> Journal:
+        """The record that ``module`` carries; this one for what is no module."""
+        if not isinstance(module, nn.Module):
+            return self
+        own = record_of(module)
+        if own is None:
+            own = Journal(module)
+            self.changes.append(own)
+        return own
 
     def record(self, change: Change) -> None:
         self.changes.append(change)
 
+    def holds(self, kind: type[Change]) -> bool:
+        return any(isinstance(change, kind) for change in self.changes)
+
+    def hindrance(self) -> str | None:
+        return next(filter(None, (change.hindrance() for change in self.changes)), None)
+
     def undo(self) -> None:
-        """Take everything back, the last change first; what fails does not keep the rest."""
+        """Take everything back, the last change first; what fails stays and does not keep the rest."""
         failed: Exception | None = None
+        left: list[Change] = []
         while self.changes:
+            change = self.changes.pop()
             try:
-                self.changes.pop().undo()
+                change.undo()
             except Exception as error:
+                left.insert(0, change)
                 failed = failed or error
+        self.changes = left
         if failed is not None:
             raise failed
+        vars(self.owner).pop(RECORD, None)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, a plain attribute."""
         existed = name in vars(owner)
-        self.record(AttributeSet(owner, name, existed, getattr(owner, name) if existed else None))
+        old = getattr(owner, name) if existed else None
+        self.of(owner).record(AttributeSet(owner, name, existed, old))
         setattr(owner, name, value)
 
-    def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
-        """Make ``module`` an instance of ``cls``, a subclass of what it was."""
-        self.record(ClassMoved(module, type(module)))
-        module.__class__ = cls
-
     def add_module(self, owner: nn.Module, name: str, child: nn.Module) -> None:
-        self.record(ChildAdded(owner, name))
+        self.of(owner).record(ChildAdded(owner, name))
         owner.add_module(name, child)
 
     def add_buffer(self, owner: nn.Module, name: str, buffer: Tensor) -> None:
         """A buffer that moves with the module and is not saved."""
-        self.record(ChildAdded(owner, name))
+        self.of(owner).record(ChildAdded(owner, name))
         owner.register_buffer(name, buffer, persistent=False)
 
-    def add_hook(self, handle: RemovableHandle) -> None:
-        self.record(HookAdded(handle))
+    def before(self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = True) -> None:
+        """Call ``hook`` before the forward of ``module``."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+        self.of(module).record(HookAdded(handle))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = True) -> None:
+        """Call ``hook`` after it, before others, which then see what the unpatched module gives."""
+        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs, prepend=True)
+        self.of(module).record(HookAdded(handle))
+
+
+def record_of(module: nn.Module) -> Journal | None:
+    """What ``module`` carries of its changes."""
+    return vars(module).get(RECORD)
+
+
+def records_of(root: nn.Module) -> Iterator[tuple[str, Journal]]:
+    """The records of ``root`` and all below it, by their paths."""
+    for name, module in root.named_modules():
+        own = record_of(module)
+        if own is not None:
+            yield name, own
 
 
 @dataclass
-class AttributeSet:
+class AttributeSet(Change):
     owner: Any
     name: str
     existed: bool
@@ -74,29 +127,24 @@ class AttributeSet:
         if self.existed:
             setattr(self.owner, self.name, self.old)
         else:
-            delattr(self.owner, self.name)
+            vars(self.owner).pop(self.name, None)
 
 
 @dataclass
-class ClassMoved:
-    module: nn.Module
-    old: type[nn.Module]
+class ChildAdded(Change):
+    """A module or a buffer; where somebody took it away there is nothing to do."""
 
-    def undo(self) -> None:
-        self.module.__class__ = self.old
-
-
-@dataclass
-class ChildAdded:
     owner: nn.Module
     name: str
 
     def undo(self) -> None:
-        delattr(self.owner, self.name)
+        if hasattr(self.owner, self.name):
+            delattr(self.owner, self.name)
+        offloading.forget(self.owner, self.name)
 
 
 @dataclass
-class HookAdded:
+class HookAdded(Change):
     handle: RemovableHandle
 
     def undo(self) -> None:

@@ -380,12 +380,21 @@ def test_patched_in_inference_mode_a_model_trains_all_the_same() -> None:
 
 
 def test_a_revert_that_fails_in_one_place_reverts_the_rest() -> None:
+    class Locked(transformers.BertConfig):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            raise AttributeError("locked")
+
     model = tiny_model("bert")
-    before = fingerprint(model)
+    before, kind = fingerprint(model), type(model.config)
     lsg_patch.patch_model(model, **SETTINGS)
-    del model.embeddings.global_embeddings
-    with pytest.raises(AttributeError):
+    del model.embeddings.global_embeddings  # nothing to do there
+    model.config.__class__ = Locked
+    with pytest.raises(RuntimeError, match=r"but for something in model. \(locked\)"):
         lsg_patch.unpatch_model(model)
+    assert lsg_patch.is_patched(model)
+    run(model, ids_like(MASK_LONG[:, :POSITIONS], "bert"), None)  # it is what it was, but for that
+    object.__setattr__(model.config, "__class__", kind)
+    lsg_patch.unpatch_model(model)
     assert fingerprint(model) == before
 
 

@@ -104,11 +104,12 @@ class Family:
         base_classes: class names of the base models (also of what they are derived from).
         attentions: the self-attention modules, ``*`` for the index of a layer.
         stack: the module that runs the layers; what goes in and out of it is changed there.
-        embeddings: its output is what the global tokens are prepended to, and it holds them, so
-            that they stand in the state dict where the reference has them. Where the stack embeds
-            its input itself (BART's encoder), it is the ``stack``.
+        embeddings: it embeds the tokens, and it holds the global ones, so that they stand in the
+            state dict where the reference has them. Where the stack embeds its input itself (BART's
+            encoder), it is the ``stack``.
         global_path: modules below ``embeddings`` that a global token passes, as a word does; one
             that is None in a model is left out.
+        projection: a module of the base model that embedded tokens pass after that, where it has it.
         words, positions, token_types: the embedding tables below ``embeddings``; None where there
             are no such rows to add. Models with rotary positions may lack the ``positions``.
         rotary: how positions turn queries and keys, in families that have such.
@@ -147,6 +148,7 @@ class Family:
     stack: str = "encoder"
     embeddings: str = "embeddings"
     global_path: tuple[str, ...] = ("LayerNorm", "dropout")
+    projection: str | None = None
     words: str = "word_embeddings"
     positions: str | None = "position_embeddings"
     token_types: str | None = "token_type_embeddings"

@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from lsg_patch.families.base import Family, after_padding_row
+from lsg_patch.offloading import value_of
 
 
 def first_task(embeddings: Any, config: Any) -> Tensor | None:
     """ERNIE's embedding of task 0, in models that know tasks."""
-    first: Tensor | None = embeddings.task_type_embeddings.weight[0] if config.use_task_id else None
-    return first
+    return value_of(embeddings.task_type_embeddings)[0] if config.use_task_id else None
 
 
 # positions from 0 on
@@ -20,7 +20,7 @@ BERT = Family("bert", ("BertModel",))
 BERT_GENERATION = Family(
     "bert-generation", ("BertGenerationEncoder",), token_types=None, begins_with_cls=False
 )
-ELECTRA = Family("electra", ("ElectraModel",))
+ELECTRA = Family("electra", ("ElectraModel",), projection="embeddings_project")
 ERNIE = Family("ernie", ("ErnieModel",), first_token_extra=first_task)
 # its norms stand before each layer and after the last: none in the embeddings
 MEGATRON_BERT = Family("megatron-bert", ("MegatronBertModel",), global_path=("dropout",))

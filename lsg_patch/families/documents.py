@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lsg_patch.families.base import Family, after_padding_row
+from lsg_patch.offloading import value_of
 
 
 def empty_box(embeddings: Any, config: Any) -> Tensor:
     """LayoutLM's embedding of the box 0, 0, 0, 0: two corners, a height and a width."""
     x, y, height, width = (
-        getattr(embeddings, f"{name}_position_embeddings").weight[0] for name in "xyhw"
+        value_of(getattr(embeddings, f"{name}_position_embeddings"))[0] for name in "xyhw"
     )
     box: Tensor = 2 * x + 2 * y + height + width
     return box
@@ -26,9 +27,11 @@ def empty_box(embeddings: Any, config: Any) -> Tensor:
 def empty_path(embeddings: Any, config: Any) -> Tensor:
     """MarkupLM's embedding of a place outside of all tags; without dropout."""
     paths = embeddings.xpath_embeddings
-    tags = torch.cat([table.weight[config.tag_pad_id] for table in paths.xpath_tag_sub_embeddings])
+    tags = torch.cat(
+        [value_of(table)[config.tag_pad_id] for table in paths.xpath_tag_sub_embeddings]
+    )
     indices = torch.cat(
-        [table.weight[config.subs_pad_id] for table in paths.xpath_subs_sub_embeddings]
+        [value_of(table)[config.subs_pad_id] for table in paths.xpath_subs_sub_embeddings]
     )
     path: Tensor = paths.inner2emb(paths.activation(paths.xpath_unitseq2_inner(tags + indices)))
     return path

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lsg_patch.families.base import AttentionNames, Family, after_padding_row
+from lsg_patch.offloading import device_of
 
 # tokens farther away than this share one bucket of the table
 LARGEST_DISTANCE = 128
@@ -16,7 +17,7 @@ LARGEST_DISTANCE = 128
 def bias_by_distance(stack: Any) -> Tensor:
     """MPNet's own buckets of all distances, looked up in its table."""
     table = stack.relative_attention_bias
-    distance = torch.arange(-LARGEST_DISTANCE, LARGEST_DISTANCE + 1, device=table.weight.device)
+    distance = torch.arange(-LARGEST_DISTANCE, LARGEST_DISTANCE + 1, device=device_of(table))
     bias: Tensor = table(stack.relative_position_bucket(distance)).T
     return bias
 

@@ -94,7 +94,7 @@ def register_family(family: Family) -> Family:
     return family
 
 
-_PATHS = ("attentions", "stack", "embeddings", "words", "positions", "token_types")
+_PATHS = ("attentions", "stack", "embeddings", "projection", "words", "positions", "token_types")
 _LISTS = ("base_classes", "global_path", "position_buffers", "methods_left_out")
 _FUNCTIONS = (
     "position_offset",
@@ -111,7 +111,7 @@ def _check(family: Family) -> None:
         raise TypeError(f"a lsg_patch.Family is registered, not {type(family).__name__}")
     for name in ("name", *_PATHS):
         value = getattr(family, name)
-        if value is None and name in ("positions", "token_types"):
+        if value is None and name in ("projection", "positions", "token_types"):
             continue
         if not isinstance(value, str):
             raise TypeError(f"Family.{name} must be a string, not {value!r}")

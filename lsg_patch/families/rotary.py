@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lsg_patch.families.bart import sinusoids
 from lsg_patch.families.base import Family, Rotary, after_padding_row
+from lsg_patch.offloading import value_of
 
 # the share of masked tokens that every ESM model was trained with
 MASKED_IN_TRAINING = 0.15 * 0.8
@@ -23,7 +24,7 @@ def by_frequencies(stack: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def by_table(stack: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
     """RoFormer's: a table of sines, and of cosines after them. None is beyond its last row."""
-    table = stack.embed_positions.weight
+    table = value_of(stack.embed_positions)
     sin, cos = table[positions.clamp(max=len(table) - 1)].chunk(2, dim=-1)
     return cos, sin
 
@@ -65,6 +66,7 @@ ESM = Family(
 ROFORMER = Family(
     "roformer",
     ("RoFormerModel",),
+    projection="embeddings_project",
     positions=None,
     computed_positions=sinusoids,
     rotary=Rotary(

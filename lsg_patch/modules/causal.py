@@ -20,7 +20,13 @@ from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
 from lsg_patch.modules.layout import Layout, enter, lay_out, leave, with_globals_in_front
-from lsg_patch.modules.stack import EnterModel, LeaveModel, map_hidden_states, map_output
+from lsg_patch.modules.stack import (
+    EnterModel,
+    LeaveModel,
+    PrependGlobals,
+    map_hidden_states,
+    map_output,
+)
 
 
 def lay_out_step(mask: Tensor, length: int, config: LSGConfig) -> Layout:
@@ -103,9 +109,10 @@ class EnterCausalModel:
 
 @dataclass(frozen=True)
 class EnterCausalStack:
-    """Before the layer stack: hidden states and the mask argument are laid out."""
+    """Before the layer stack: global tokens come in, hidden states and the mask are laid out."""
 
     config: LSGConfig
+    prepend: PrependGlobals | None
     carrier: compat.CausalMaskCarrier
     hidden: Argument
     mask: Argument
@@ -113,7 +120,7 @@ class EnterCausalStack:
     rotary: Rotary | None
     of_globals: tuple[int, ...]
 
-    def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def __call__(self, stack: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         head_mask, mask = self.head_mask.get(args, kwargs), self.mask.get(args, kwargs)
         if head_mask is None and mask is None:
             raise ValueError(
@@ -122,6 +129,8 @@ class EnterCausalStack:
             )
         mask = self.carrier.unpack(mask, head_mask)
         hidden = self.hidden.get(args, kwargs)
+        if self.prepend is not None:
+            hidden = self.prepend(stack.lsg_base.module, hidden)
         hidden, layout = enter_step(hidden, mask, self.config, self._rotation(stack, hidden, mask))
         if head_mask is not None:
             # it has carried the mask; cross attention has no use for it

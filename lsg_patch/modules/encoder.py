@@ -65,7 +65,7 @@ class EnterEncoder:
         hidden: Tensor = embeds + places.to(embeds.device)
         if not self.config.num_global_tokens:
             return hidden
-        rows: Tensor = encoder.global_embeddings(len(hidden))  # type: ignore[operator]
+        rows: Tensor = encoder.global_embeddings(hidden)  # type: ignore[operator]
         return torch.cat([rows.to(hidden), hidden], dim=1)
 
 

@@ -21,9 +21,9 @@ class GlobalEmbeddings(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(rows)
 
-    def forward(self, batch_size: int) -> Tensor:
-        """(B, num_global_tokens, width)."""
-        return self.weight.expand(batch_size, -1, -1)
+    def forward(self, embedded: Tensor) -> Tensor:
+        """(B, num_global_tokens, width), for tokens ``embedded`` (B, T, any width)."""
+        return self.weight.expand(embedded.shape[0], -1, -1)
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))

@@ -10,7 +10,7 @@ any batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,11 +31,10 @@ ROWS_BY_THEMSELVES = 1024
 
 @dataclass(frozen=True)
 class LayerState:
-    """What a swapped layer knows besides what it was: its arguments, and what was changed of it."""
+    """What a swapped layer knows besides what it was: its arguments."""
 
     hidden: Argument
     mask: Argument
-    journal: Journal = field(repr=False, compare=False)
 
 
 class LSGLayer(Swapped):
@@ -64,17 +63,8 @@ class LSGLayer(Swapped):
         return some_at_a_time(super().ff_chunk, hidden)  # type: ignore[misc]
 
 
-@dataclass(frozen=True)
-class RowWiseState:
-    """What a swapped module knows that makes each row by itself: what was changed of it."""
-
-    journal: Journal = field(repr=False, compare=False)
-
-
 class LSGRowWise(Swapped):
     """Mixed into the class of a module that makes each row by itself, whose name it keeps."""
-
-    lsg: RowWiseState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives, of (B, N, width) each."""
@@ -112,16 +102,12 @@ def _joined(outputs: list[Any]) -> Any:
 
 def swap_layer(module: nn.Module, journal: Journal) -> None:
     """Make the layer ``module`` run on some rows at a time."""
-    own = Journal()
-    journal.record(own)
     parameters = compat.forward_parameters(module)
     hidden = Argument.of(parameters, parameters[0])
     mask = Argument.of(parameters, *compat.MASK_NAMES)
-    swap_class(module, LSGLayer, LayerState(hidden, mask, own))
+    swap_class(module, LSGLayer, LayerState(hidden, mask), journal)
 
 
 def swap_row_wise(module: nn.Module, journal: Journal) -> None:
     """Make ``module``, which makes each row by itself, run on some rows at a time."""
-    own = Journal()
-    journal.record(own)
-    swap_class(module, LSGRowWise, RowWiseState(own))
+    swap_class(module, LSGRowWise, None, journal)

@@ -7,7 +7,7 @@ tokens alone are packed.
 from __future__ import annotations
 
 from itertools import accumulate, chain, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,14 @@ class Layout(NamedTuple):
     rotation: tuple[Tensor, Tensor] | None = None
     bias: RelativeBias | None = None
     batches: tuple[Batch, ...] = ()
+
+    @classmethod
+    def __torch_function__(cls, *call: Any) -> Any:
+        """What torch calls where a layer took it for a mask."""
+        raise RuntimeError(
+            "a layer in a patched stack is not patched itself: it was put there while the model was. "
+            "unpatch_model(model) first, put it there, and patch the model anew"
+        )
 
     def parts(self, most: int) -> list[tuple[slice, Layout]]:
         """The rows of a packed stack in parts, of at most ``most`` rows where sequences allow it."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lsg_patch.undo import Journal
+from lsg_patch import offloading
+from lsg_patch.undo import Change, Journal
 
 
 def tiled(rows: Tensor, offset: int, length: int) -> Tensor:
@@ -43,17 +48,72 @@ def interpolated(rows: Tensor, offset: int, length: int) -> Tensor:
 RESIZED = {"tile": tiled, "interpolate": interpolated}
 
 
-def resize_positions(
-    table: nn.Embedding, rows: Tensor, journal: Journal, stretched: bool = False
-) -> None:
-    """Give ``table`` the ``rows`` (n, width) in place of its own, the first of which they begin with.
+def unlike_a_table(table: nn.Embedding) -> str | None:
+    """What keeps ``table`` from getting other rows, and the mend, in words."""
+    weight = vars(table)["_parameters"].get("weight")
+    if weight is None:
+        return (
+            "its weight is computed from other tensors (pruning, weight norm, a parametrization): make it "
+            "a parameter first (torch.nn.utils.prune.remove, torch.nn.utils.parametrize."
+            "remove_parametrizations)"
+        )
+    if is_traceable_wrapper_subclass(weight) or weight.dim() != 2:
+        return (
+            f"its weight is a {type(weight).__name__} of shape {tuple(weight.shape)}, sharded or "
+            "quantized: patch and revert plain models, and shard or quantize them after that"
+        )
+    return None
 
-    ``stretched``: they begin with others.
+
+def shared_with(tables: Sequence[nn.Embedding]) -> type[nn.Module] | None:
+    """The class of a module besides ``tables``, wherever it is, that has the weight they share."""
+
+    def references(parameters: dict[str, Any]) -> int:
+        return sys.getrefcount(parameters["weight"])
+
+    lone = references({"weight": nn.Parameter(torch.empty(0))})
+    if references(tables[0]._parameters) - lone < len(tables):
+        return None  # nobody else refers to it; to look for who does takes a tenth of a second
+    if _owner_besides(tables) is not None:
+        gc.collect()  # it may be gone
+    return _owner_besides(tables)
+
+
+def _owner_besides(tables: Sequence[nn.Embedding]) -> type[nn.Module] | None:
+    ours = [id(table._parameters) for table in tables]
+    referrers = gc.get_referrers(tables[0].weight)
+    held = [x for x in referrers if type(x) is dict and id(x) not in ours]
+    if not held:
+        return None
+    # a module refers to its parameters itself (Python 3.13), or by its attributes
+    owners = gc.get_referrers(*held)
+    attributes = [
+        x for x in owners if type(x) is dict and any(x.get("_parameters") is y for y in held)
+    ]
+    owners += gc.get_referrers(*attributes) if attributes else []
+    modules = (x for x in owners if issubclass(type(x), nn.Module))
+    return next((type(x) for x in modules if any(x._parameters is y for y in held)), None)
+
+
+def resize_positions(
+    tables: Sequence[nn.Embedding], rows: Tensor, journal: Journal, stretched: bool = False
+) -> None:
+    """Give ``tables``, which share a weight, the ``rows`` (n, width), the first of which are theirs.
+
+    ``stretched``: the first ones are others.
     """
-    old = cast("nn.Parameter", table.weight)
-    journal.record(PositionsResized(table, old, stretched))
-    table.weight = nn.Parameter(rows, requires_grad=old.requires_grad)
-    table.num_embeddings = len(rows)
+    old = cast("nn.Parameter", tables[0].weight)
+    keeper = offloading.keeper_of(tables[0]) if old.is_meta else None
+    kept = None
+    if keeper is not None:
+        kept = offloading.value_of(tables[0])
+        journal.of(tables[0]).set_attribute(keeper, "weights_map", keeper.weights_map)
+        rows = offloading.keep(tables[0], "weight", rows)
+    new = nn.Parameter(rows, requires_grad=old.requires_grad)
+    for table in tables:
+        journal.of(table).record(PositionsResized(table, old, stretched, keeper, kept))
+        table.weight = new
+        table.num_embeddings = len(new)
 
 
 def resize_buffers(owner: nn.Module, names: tuple[str, ...], rows: int, journal: Journal) -> None:
@@ -61,7 +121,7 @@ def resize_buffers(owner: nn.Module, names: tuple[str, ...], rows: int, journal:
     for name in names:
         old = getattr(owner, name, None)
         if isinstance(old, Tensor):
-            journal.record(BufferResized(owner, name, old))
+            journal.of(owner).record(BufferResized(owner, name, old))
             counted = torch.arange(rows, dtype=old.dtype, device=old.device).expand(1, -1)
             setattr(
                 owner,
@@ -71,32 +131,48 @@ def resize_buffers(owner: nn.Module, names: tuple[str, ...], rows: int, journal:
 
 
 @dataclass
-class PositionsResized:
+class PositionsResized(Change):
     """The old table comes back as the same parameter, moved and cast as the new one was.
 
     Its rows are the first ones of the new table, so a table that was trained while it was long comes
     back trained; rows that the new table lacked are the old ones. What stretched rows learned
-    belongs to no old row: then the old ones are what they were.
+    belongs to no old row: then the old ones are what they were. Where the table was offloaded, the
+    hook ``keeper`` had the values ``kept``; if it has them no more, or another hook has, the
+    parameter is a new one.
     """
 
     table: nn.Embedding
     old: nn.Parameter
     stretched: bool
+    keeper: Any
+    kept: Tensor | None
+
+    def hindrance(self) -> str | None:
+        return unlike_a_table(self.table)
 
     def undo(self) -> None:
-        new, old = self.table.weight, self.old
-        kept = new.detach()[: 0 if self.stretched else len(old)]
-        old.data = torch.cat([kept, old.detach()[len(kept) :].to(new)])
-        old.requires_grad_(new.requires_grad)
-        self.table.weight = old
-        self.table.num_embeddings = len(old)
+        table, old, new = self.table, self.old, self.table.weight
+        values = offloading.value_of(table).detach()
+        first = values[: 0 if self.stretched else len(old)]
+        rest = (old.detach() if self.kept is None else self.kept)[len(first) :]
+        rows = torch.cat([first, rest.to(values)])
+        keeper = offloading.keeper_of(table) if new.is_meta else None
+        if keeper is self.keeper and old.is_meta == new.is_meta:
+            old.data = rows.to(new.device)
+            old.requires_grad_(new.requires_grad)
+        else:
+            rows = rows if keeper is None else offloading.keep(table, "weight", rows)
+            old = nn.Parameter(rows, requires_grad=new.requires_grad)
+        table.weight = old
+        table.num_embeddings = len(old)
 
 
 @dataclass
-class BufferResized:
+class BufferResized(Change):
     owner: nn.Module
     name: str
     old: Tensor
 
     def undo(self) -> None:
-        setattr(self.owner, self.name, self.old.to(getattr(self.owner, self.name).device))
+        now = getattr(self.owner, self.name, self.old)
+        setattr(self.owner, self.name, self.old.to(now.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.causal import KeptKeys
 from lsg_patch.modules.layout import Batch, Layout
 from lsg_patch.modules.swapped import Swapped, swap_class
+from lsg_patch.offloading import device_of
 from lsg_patch.undo import Journal
 
 
@@ -38,7 +39,6 @@ class AttentionState:
     rounds: int
     rotary: Rotary | None
     kept: KeptKeys | None
-    journal: Journal = field(repr=False, compare=False)
 
 
 class LSGSelfAttention(Swapped):
@@ -141,18 +141,22 @@ def swap_attention(
     is_causal: bool = False,
 ) -> None:
     """Make ``module`` attend by LSG, to what stands before each token alone if ``is_causal``."""
-    own = Journal()
-    journal.record(own)
     names = family.names
     shapes: list[tuple[int, int, int]] = []
     if config.sparsity_type == "lsh":
         heads = getattr(module, names.heads)
-        head_size = getattr(module, names.query).out_features // heads
+        query = getattr(module, names.query)
+        # what torch.fx made of a linear layer knows no sizes
+        width = getattr(query, "out_features", None) or query.weight.shape[0]
+        head_size = width // heads
         shapes = projection_shapes(config.geometry(), heads, head_size, config.lsh_num_pre_rounds)
-    like = next(module.parameters())
+    floating = (
+        x.dtype for x in module.parameters() if x.is_floating_point() and x.element_size() > 1
+    )
+    device, dtype = device_of(module), next(floating, torch.float32)
     for i, projection in enumerate(draw_projections(shapes, seed)):
         # buffers, so that they move with the module and reach its replicas
-        own.add_buffer(module, _projection_name(i), projection.to(like))
+        journal.add_buffer(module, _projection_name(i), projection.to(device, dtype))
     parameters = compat.forward_parameters(module)
     hidden = Argument.of(parameters, parameters[0])
     mask = Argument.of(parameters, *compat.MASK_NAMES)
@@ -168,9 +172,8 @@ def swap_attention(
         len(shapes),
         family.rotary,
         kept,
-        own,
     )
-    swap_class(module, LSGSelfAttention, state)
+    swap_class(module, LSGSelfAttention, state, journal)
 
 
 def _projection_name(index: int) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsg_patch import compat
 from lsg_patch.attention import RelativeBias
+from lsg_patch.attention.compiling import is_compiling
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
@@ -28,6 +30,34 @@ from lsg_patch.modules.layout import (
     packing_of,
     with_globals_in_front,
 )
+from lsg_patch.modules.link import Link
+
+
+@dataclass(frozen=True)
+class FirstWord:
+    """The cls/bos token that a masked first token is taken for: an embedded input may have another."""
+
+    words: str
+    token_id: int
+
+    def check(self, base: nn.Module, embeds: Tensor, mask: Tensor | None) -> None:
+        """Warns where no row of ``embeds`` (B, T, width) begins with it: nothing sees that token."""
+        if is_compiling() or embeds.is_meta or not embeds.numel():
+            return
+        row, at = torch.arange(len(embeds), device=embeds.device), torch.tensor(0)
+        if mask is not None and mask.dim() == 2:
+            at = mask.int().argmax(1)
+        first = embeds[row, at.to(row)]
+        token = torch.tensor([self.token_id], device=embeds.device)
+        with torch.no_grad():
+            word = base.get_submodule(self.words)(token).to(embeds)
+        if not torch.isclose(first, word).all(-1).any():
+            warnings.warn(
+                f"inputs_embeds begin with another row than the token {self.token_id}: the first token "
+                "is hidden from the others, a global token standing in for it. If it is a prompt or no "
+                "cls/bos token, patch with mask_first_token=False",
+                stacklevel=1,
+            )
 
 
 @dataclass(frozen=True)
@@ -43,9 +73,15 @@ class EnterModel:
     wants_attentions: Argument
     four_dimensions: bool
     needs_head_mask: bool
-    needs_mask: bool = False
+    cache: Argument
+    first_word: FirstWord | None
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if compat.cached_length(self.cache.get(args, kwargs)):
+            raise ValueError(
+                "past_key_values: an encoder that is patched takes no keys from outside, so prefix "
+                "tuning is not supported; use LoRA, IA3 or prompt tuning, or unpatch_model(model)"
+            )
         given = self.checked_input(base, args, kwargs)
         if given is None:
             return args, kwargs  # the model itself has an error for this
@@ -72,7 +108,10 @@ class EnterModel:
                 stacklevel=1,
             )
         given: Tensor | None = self.ids.get(args, kwargs)
-        given = self.embeds.get(args, kwargs) if given is None else given
+        if given is None:
+            given = self.embeds.get(args, kwargs)
+            if given is not None and self.first_word is not None:
+                self.first_word.check(base, given, self.mask.get(args, kwargs))
         if given is not None:
             has_positions = self.positions.get(args, kwargs) is not None
             self._check_length(given.shape[1], has_positions, cached)
@@ -84,10 +123,8 @@ class EnterModel:
         """The padding mask (B, cached + T) of the input that is ``given``, if there is one."""
         mask = self.mask.get(args, kwargs)
         batch, length = given.shape[0], cached + given.shape[1]
-        if mask is None and not self.needs_mask:
+        if mask is None:
             return None
-        if mask is None:  # the model would make one that counts the global tokens
-            mask = torch.ones(batch, length, device=given.device)
         if mask.dim() != 2 or mask.shape[1] != length or mask.shape[0] not in (1, batch):
             raise ValueError(
                 f"attention_mask must be (B, T) = {(batch, length)}, 1 for tokens and 0 for padding, "
@@ -136,58 +173,123 @@ class GivePositions:
 
 
 @dataclass(frozen=True)
-class PrependGlobals:
-    """After the embeddings: global tokens in front, having passed what a word passes.
+class LinkStack:
+    """Before the base model: its stack finds it, also where both are another's replicas."""
+
+    stack: str
+
+    def __call__(self, base: nn.Module, args: Args) -> None:
+        stack: Any = base.get_submodule(self.stack)
+        if stack.lsg_base.module is not base:
+            stack.lsg_base = Link(base)
+
+
+# on embedded tokens: the global tokens that belong to them, (B, g, width)
+NOTE = "lsg_global_tokens"
+
+
+@dataclass(frozen=True)
+class GlobalTokens:
+    """Global tokens for embedded ones, having passed what a word passes.
 
     Where the words of a row are scaled otherwise than usual, its global tokens are as well, but for
     what they have of a position: the rows ``places`` of the table ``positions``.
     """
 
     path: tuple[str, ...]
-    ids: Argument
-    mask: Argument
-    word_scale: Callable[[Any, Tensor | None, Tensor | None], Tensor | float]
     positions: str | None
     places: tuple[int, ...]
 
-    def __call__(self, embeddings: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
-        return self.before(
-            output, embeddings, self.ids.get(args, kwargs), self.mask.get(args, kwargs)
-        )
-
-    def before(
-        self, embedded: Tensor, embeddings: Any, ids: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """Global tokens before ``embedded`` (B, T0, width)."""
-        rows: Tensor = embeddings.global_embeddings(len(embedded))
-        scale = self.word_scale(embeddings, ids, mask)
-        if isinstance(scale, Tensor):
-            ratio = scale / self.word_scale(embeddings, None, None)
+    def of(self, embeddings: Any, embedded: Tensor, ratio: Tensor | None = None) -> Tensor:
+        """(B, g, width) for ``embedded`` (B, T0, width), words being scaled ``ratio`` (B, 1, 1) times."""
+        rows: Tensor = embeddings.global_embeddings(embedded)
+        if ratio is not None:
             place: Tensor | float = 0.0
             if self.positions is not None:
                 places = torch.tensor(self.places, device=rows.device)
-                place = getattr(embeddings, self.positions).weight[places]
+                place = getattr(embeddings, self.positions)(places)
             rows = (place + ratio * (rows - place)).to(rows.dtype)
         for name in self.path:
             module = getattr(embeddings, name)
             rows = rows if module is None else module(rows)
-        return torch.cat([rows.to(embedded.dtype), embedded], dim=1)
+        return rows
 
 
 @dataclass(frozen=True)
-class PrependToGiven:
-    """Before a base model that takes given embeddings for embedded: global tokens in front of them."""
+class NoteGlobals:
+    """After the embeddings: their global tokens are noted on what they give, for the stack.
 
-    prepend: PrependGlobals
+    Here the ids are known, which words may be scaled by, and the weights are there (FSDP gathers
+    those of a module for its forward).
+    """
+
+    tokens: GlobalTokens
+    ids: Argument
+    mask: Argument
+    word_scale: Callable[[Any, Tensor | None, Tensor | None], Tensor | float]
+
+    def __call__(self, embeddings: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
+        scale = self.word_scale(embeddings, self.ids.get(args, kwargs), self.mask.get(args, kwargs))
+        ratio = None
+        if isinstance(scale, Tensor):
+            ratio = scale / self.word_scale(embeddings, None, None)
+        elif is_compiling():
+            return output  # not every compiler knows attributes of tensors
+        rows = self.tokens.of(embeddings, output, ratio)
+        if rows.requires_grad and not is_compiling():
+            rows, output = _Together.apply(rows, output)
+        setattr(output, NOTE, (rows, torch.is_grad_enabled()))
+        return output
+
+
+class _Together(torch.autograd.Function):
+    """Two tensors as they are, whose gradients go on together: FSDP gathers a module's weights again
+    when a gradient reaches what the module gave, which the noted rows are no part of.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        return rows.view_as(rows), embedded.view_as(embedded)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+def carry_globals(projection: nn.Module, args: Args, output: Tensor) -> None:
+    """After what embedded tokens pass between the embeddings and the stack: the noted ones pass it too."""
+    rows, differentiable = getattr(args[0], NOTE, (None, None))
+    if rows is not None:
+        setattr(output, NOTE, (projection.forward(rows), differentiable))
+
+
+@dataclass(frozen=True)
+class PrependGlobals:
+    """Global tokens in front of embedded ones: those noted on them, or where somebody has put others
+    in their place, or calls the stack alone, as they are for any input.
+    """
+
+    tokens: GlobalTokens
     embeddings: str
-    embeds: Argument
+    projection: str | None
 
-    def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        given = self.embeds.get(args, kwargs)
-        if given is None:
-            return args, kwargs
-        with_globals = self.prepend.before(given, base.get_submodule(self.embeddings), None, None)
-        return self.embeds.put(with_globals, args, kwargs)
+    def __call__(self, base: nn.Module, embedded: Tensor) -> Tensor:
+        """(B, g + T0, width) of ``embedded`` (B, T0, width)."""
+        rows, differentiable = getattr(embedded, NOTE, (None, None))
+        if rows is not None and not is_compiling():
+            delattr(embedded, NOTE)  # what is kept for another call has no note that has aged
+        if rows is None or differentiable != torch.is_grad_enabled():
+            embeddings: Any = base.get_submodule(self.embeddings)
+            rows = self.tokens.of(embeddings.lsg_self.module, embedded)
+            if self.projection is not None:
+                rows = getattr(base, self.projection)(rows)
+        return torch.cat([rows.to(embedded), embedded], dim=1)
 
 
 @dataclass(frozen=True)
@@ -203,7 +305,7 @@ class CompactMask:
 
 @dataclass(frozen=True)
 class EnterStack:
-    """Before the layer stack: hidden states and the mask argument are laid out.
+    """Before the layer stack: global tokens come in, hidden states and the mask are laid out.
 
     With ``rotary`` positions their rotation is as well, which the base model hands to the stack as
     ``rotation``, or which is made here. ``relative_bias`` gives the table of a ``RelativeBias``, of
@@ -211,6 +313,7 @@ class EnterStack:
     """
 
     config: LSGConfig
+    prepend: PrependGlobals | None
     hidden: Argument
     mask: Argument
     rotation: Argument
@@ -218,16 +321,17 @@ class EnterStack:
     relative_bias: Callable[[Any], Tensor] | None
     of_globals: tuple[int, ...]
 
-    def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def __call__(self, stack: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         hidden = self.hidden.get(args, kwargs)
         mask = as_padding_mask(self.mask.get(args, kwargs))
-        length = hidden.shape[1] - self.config.num_global_tokens
+        length = hidden.shape[1]
         if mask is not None and mask.shape[1] != length:
             raise ValueError(
-                f"the layer stack got {hidden.shape[1]} hidden states and a mask of {mask.shape[1]} "
-                f"tokens: {self.config.num_global_tokens} more are needed, the global tokens that the "
-                "patched embeddings give. Call the whole model, or unpatch it"
+                f"the layer stack got {length} hidden states and a mask of {mask.shape[1]} tokens: "
+                "they must be as many"
             )
+        if self.prepend is not None:
+            hidden = self.prepend(stack.lsg_base.module, hidden)
 
         def positions() -> Tensor:
             tokens = torch.arange(length, device=hidden.device)[None]

@@ -6,19 +6,14 @@ of the class that it was. Copies, pickles and replicas are of the subclass too.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
-from lsg_patch.undo import Journal
-
-
-class State(Protocol):
-    """What a swapped module knows besides what it was."""
-
-    @property
-    def journal(self) -> Journal:
-        """All that was changed of it, so that a copy of it alone can be reverted too."""
+from lsg_patch.undo import Change, Journal
 
 
 class Swapped(nn.Module):
@@ -27,7 +22,7 @@ class Swapped(nn.Module):
     prefix = ""  # of the subclass's name
     mixin: type[Swapped]
     original: type[nn.Module]
-    lsg: State
+    lsg: Any  # what it knows besides what it was
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time: a copy or a pickle names what it was made of
@@ -46,15 +41,68 @@ def swapped_class(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]
     return _CLASSES[mixin, cls]
 
 
-def swap_class(module: nn.Module, mixin: type[Swapped], state: State) -> None:
+def swap_class(module: nn.Module, mixin: type[Swapped], state: Any, journal: Journal) -> None:
     """Make ``module`` an instance of its class with the ``mixin``, which finds the ``state`` as ``lsg``."""
-    state.journal.set_attribute(module, "lsg", state)
-    state.journal.set_class(module, swapped_class(mixin, type(module)))
+    old = type(module)
+    journal.set_attribute(module, "lsg", state)
+    journal.of(module).record(ClassSwapped(module, mixin, old))
+    _set_class(module, swapped_class(mixin, old))
 
 
-def journals_of(root: nn.Module) -> list[Journal]:
-    """The records of all swapped modules below ``root``, and of itself."""
-    return [module.lsg.journal for module in root.modules() if isinstance(module, Swapped)]
+@dataclass
+class ClassSwapped(Change):
+    module: nn.Module
+    mixin: type[Swapped]
+    old: type[nn.Module]
+
+    def hindrance(self) -> str | None:
+        now, made = type(self.module), swapped_class(self.mixin, self.old)
+        if now is not made:
+            return (
+                f"it was a {made.__name__} and was made a {now.__name__} by something else, which is to be "
+                "taken away first"
+            )
+        return hidden_forward(self.module)
+
+    def undo(self) -> None:
+        _set_class(self.module, self.old)
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """What the module keeps bound of its own methods are those of the new class then.
+
+    So does accelerate, whose hooks call the forward that they met.
+    """
+    for name, method in _bound_methods(module):
+        vars(module)[name] = MethodType(getattr(cls, method.__name__, method.__func__), module)
+    module.__class__ = cls
+
+
+def _bound_methods(module: nn.Module) -> list[tuple[str, MethodType]]:
+    """The methods of its class that ``module`` keeps itself, bound, under whatever names."""
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if isinstance(value, MethodType)
+        and value.__self__ is module
+        and value.__func__ is getattr(type(module), value.__name__, None)
+    ]
+
+
+def hidden_forward(module: nn.Module) -> str | None:
+    """What hides the forward of the class of ``module``, so that another class's would go unseen.
+
+    Its own one, bound, does not (transformers 5.0 and 5.1 leave one wherever they recorded outputs),
+    nor does accelerate's, which calls a bound one that the module keeps.
+    """
+    own, kept = vars(module).get("forward"), dict(_bound_methods(module))
+    by_accelerate = isinstance(own, functools.partial) and own.args == (module,)
+    if own is None or "forward" in kept or (by_accelerate and "_old_forward" in kept):
+        return None
+    return (
+        f"its forward was replaced by a {type(own).__name__}, which would hide the patch: patch the "
+        "model first, or take the replacement away"
+    )
 
 
 def _blank(mixin: type[Swapped], cls: type[nn.Module]) -> nn.Module:

@@ -1,0 +1,1 @@
+"""Patched models in the hands of other tools, of the versions that tox.ini names."""

@@ -1,0 +1,68 @@
+"""PEFT: prefixes are refused, prompts are told of, saved modules are the ones in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+import lsg_patch
+from tests.models import ids_like, right_padded, tiny_model
+
+SETTINGS: dict[str, Any] = {"block_size": 8, "sparse_block_size": 8, "max_position_embeddings": 100}
+IDS = ids_like(right_padded(60, 41), "bert")
+
+
+def patched_classifier(**settings: Any) -> Any:
+    model = tiny_model("bert", transformers.BertForSequenceClassification)
+    return lsg_patch.patch_model(model, **{**SETTINGS, **settings})
+
+
+@pytest.mark.parametrize("mask", [None, right_padded(60, 41)], ids=["no mask", "mask"])
+def test_prefix_tuning_is_refused_by_name(mask: Any) -> None:
+    """It was without effect, silently: an encoder's layers dropped the keys that it adds."""
+    config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)
+    model = get_peft_model(patched_classifier(), config)
+    with pytest.raises(ValueError, match="prefix tuning is not supported"):
+        model(IDS, attention_mask=mask)
+
+
+def test_the_first_virtual_token_of_a_prompt() -> None:
+    """By default it is hidden, which a warning says; with its mend every one learns."""
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)
+
+    def gradients(**settings: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = get_peft_model(patched_classifier(**settings), config)
+        model(IDS, attention_mask=right_padded(60, 41)).logits.sum().backward()
+        [prompt] = [p for name, p in model.named_parameters() if "prompt" in name]
+        assert prompt.grad is not None
+        return prompt.grad.abs().amax(-1)
+
+    with pytest.warns(UserWarning, match="mask_first_token=False"):
+        assert gradients()[0] == 0
+    assert (gradients(mask_first_token=False) > 0).all()
+
+
+@pytest.mark.parametrize("saved", ["global_embeddings", "embeddings"])
+def test_global_tokens_that_peft_keeps_a_copy_of(saved: str) -> None:
+    """The copy is in use: it is what is given, trained and frozen; the original is dead."""
+    plain = patched_classifier()
+    expected = plain(IDS).logits
+    config = LoraConfig(target_modules=["query"], modules_to_save=[saved, "classifier"])
+    model = get_peft_model(plain, config)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    rows = lsg_patch.global_embeddings(model)
+    [name] = [name for name, p in model.named_parameters() if p is rows]
+    assert "modules_to_save" in name
+    if saved == "global_embeddings":  # PEFT freezes what is in a module that it keeps a copy of
+        model(IDS).logits.sum().backward()
+        assert rows.grad is not None and rows.grad.abs().max() > 0
+    lsg_patch.freeze_except_global(model, train_head=False)
+    assert [p for p in model.parameters() if p.requires_grad] == [rows]
+    with torch.no_grad():
+        rows.mul_(torch.linspace(-2, 2, 32))
+    assert (model(IDS).logits - expected).abs().max() > 1e-3
