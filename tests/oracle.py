@@ -53,11 +53,14 @@ def oracle_attention(
     is_causal: bool = False,
     lsh_num_pre_rounds: int = 1,
     lsh_projections: Sequence[Tensor] | None = None,
+    choose_by: Tensor | None = None,
     scale: float | None = None,
     bias_by_distance: Tensor | None = None,
     places: Sequence[Sequence[int]] | None = None,
 ) -> OracleResult:
     """What `lsg_attention` has to return; rows that see nothing are zeros here.
+
+    `choose_by` (B, H, N, D): a token's vector whose length `norm`, and whose direction `lsh`, looks at.
 
     `bias_by_distance` (H, 2m + 1) holds, for each head, what the scores of keys m, m - 1, ... tokens
     before the query, of the query itself, and 1, ..., m tokens behind it have besides; for farther
@@ -108,6 +111,7 @@ def oracle_attention(
                         values,
                         visible_in_windows,
                         visible,
+                        choose_by=(key if choose_by is None else choose_by)[row, head, g:],
                         first_query=query[row, head, g],
                         scale=scale,
                         head=head,
@@ -261,6 +265,7 @@ def _select(
     visible: Tensor,
     caller_visible: Tensor,
     *,
+    choose_by: Tensor,
     first_query: Tensor,
     scale: float,
     head: int,
@@ -278,13 +283,14 @@ def _select(
     # Masked tokens carry nothing, whatever their numbers are.
     keys = _pad(torch.where(caller_visible[:, None], keys, torch.zeros_like(keys)), length)
     values = _pad(torch.where(caller_visible[:, None], values, torch.zeros_like(values)), length)
+    choose_by = _pad(choose_by, length)
     visible = _pad(visible, length)
     caller_visible = _pad(caller_visible, length)
 
     if f == 1:
         return Sparse(keys, values, visible, list(range(length)))
     if kind == "norm":
-        return _norm(keys, values, visible, chunk, chunk // f)
+        return _norm(choose_by, keys, values, visible, chunk, chunk // f)
     if kind == "pooling":
         return _pooling(keys, values, visible, f)
     if kind == "bos_pooling" or (kind == "lsh" and f == s):
@@ -297,7 +303,9 @@ def _select(
         chosen = [start + offset for start in range(0, length, b) for offset in offsets]
         return _take(keys, values, visible, chosen)
     if kind == "lsh":
-        return _lsh(keys, values, visible, chunk, chunk // f, pre_rounds, projections, head)
+        return _lsh(
+            choose_by, keys, values, visible, chunk, chunk // f, pre_rounds, projections, head
+        )
     raise ValueError(f"unknown sparsity_type {kind!r}")
 
 
@@ -305,9 +313,11 @@ def _take(keys: Tensor, values: Tensor, visible: Tensor, indices: list[int]) -> 
     return Sparse(keys[indices], values[indices], visible[indices], indices)
 
 
-def _norm(keys: Tensor, values: Tensor, visible: Tensor, chunk: int, count: int) -> Sparse:
-    """The `count` keys of highest norm of each chunk, ascending; ties: the earlier token wins."""
-    norms = keys.detach().norm(dim=1).tolist()
+def _norm(
+    choose_by: Tensor, keys: Tensor, values: Tensor, visible: Tensor, chunk: int, count: int
+) -> Sparse:
+    """The `count` tokens of highest norm of each chunk, ascending; ties: the earlier token wins."""
+    norms = choose_by.detach().norm(dim=1).tolist()
     is_visible = visible.tolist()
     chosen: list[int] = []
     for start in range(0, keys.shape[0], chunk):
@@ -366,6 +376,7 @@ def _bos_pooling(
 
 
 def _lsh(
+    choose_by: Tensor,
     keys: Tensor,
     values: Tensor,
     visible: Tensor,
@@ -382,6 +393,7 @@ def _lsh(
     for start in range(0, keys.shape[0], chunk):
         inside = slice(start, start + chunk)
         count = visible[inside].to(keys.dtype)
+        by_sum = choose_by[inside] * count[:, None]
         key_sum = keys[inside] * count[:, None]
         value_sum = values[inside] * count[:, None]
         # the visible tokens in each bucket, followed through the rounds
@@ -392,12 +404,13 @@ def _lsh(
             else:
                 if projections is None:
                     raise ValueError("the oracle draws nothing: lsh needs lsh_projections")
-                length = key_sum.norm(dim=1, keepdim=True).clamp_min(1e-12)
-                direction = key_sum / length * count.clamp_max(1)[:, None]
+                length = by_sum.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                direction = by_sum / length * count.clamp_max(1)[:, None]
                 hashed = direction.detach() @ projections[number][head].to(keys.dtype)
                 bucket = torch.cat([hashed, -hashed], dim=1).argmax(dim=1)
             member = (bucket[None, :] == torch.arange(size)[:, None]).to(keys.dtype)
-            key_sum, value_sum, count = member @ key_sum, member @ value_sum, member @ count
+            by_sum, count = member @ by_sum, member @ count
+            key_sum, value_sum = member @ key_sum, member @ value_sum
             into = bucket.tolist()
             members = [
                 [t for old, tokens in enumerate(members) if into[old] == new for t in tokens]

@@ -71,3 +71,22 @@ def check_turned_attention(
         torch.testing.assert_close(context.double(), oracle(positions), rtol=0, atol=1e-5)
         shifted = oracle(torch.arange(num_global + length))
         assert (shifted - context)[num_global:].abs().max() > 1e-2, "a shift would be seen"
+
+
+def check_left_padding(model: Any, family: str, sparsity_type: str, unpad: bool) -> None:
+    """Beyond two blocks, the text alone and with 37 tokens of padding before it: the same numbers."""
+    lsg_patch.patch_model(
+        model,
+        block_size=16,
+        sparse_block_size=16,
+        sparsity_type=sparsity_type,
+        max_position_embeddings=512,
+        unpad=unpad,
+    )
+    ids = ids_like(right_padded(150, 150), family)
+    mask = torch.tensor([[0] * 37 + [1] * 150, [1] * 187])
+    padded = ids_like(mask, family, seed=2)
+    padded[0, 37:] = ids[0]
+    alone = run(model, ids, None)["last_hidden_state"][0]
+    found = run(model, padded, mask)["last_hidden_state"][0, 37:]
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)

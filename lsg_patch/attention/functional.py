@@ -90,6 +90,7 @@ def lsg_attention(
     lsh_num_pre_rounds: int = 1,
     lsh_projections: Sequence[Tensor] | None = None,
     seed: int | None = None,
+    choose_by: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     relative_bias: RelativeBias | None = None,
@@ -122,6 +123,8 @@ def lsg_attention(
         lsh_num_pre_rounds, lsh_projections, seed: for "lsh": rounds before the last one; the
             projections of all rounds, (H, D, hashes) each; or the seed that they are drawn from
             (None is seed 0). The global random state is neither read nor changed.
+        choose_by: (B, H, N, D), what norm and lsh choose tokens by in place of the keys, such as keys
+            before they were turned by their positions. None: the keys.
         dropout_p: of the attention probabilities.
         scale: of the scores; ``D ** -0.5`` by default.
         relative_bias: what is added to the scaled scores by the distance of key and query. With
@@ -143,6 +146,11 @@ def lsg_attention(
         block_size, sparse_block_size, sparsity_factor, sparsity_type, is_causal
     )
     _check_tensors(query, key, value, padding_mask, num_global_tokens, is_causal)
+    if choose_by is not None and choose_by.shape != query.shape:
+        raise ValueError(
+            f"choose_by must have the shape of query, {tuple(query.shape)}, not "
+            f"{tuple(choose_by.shape)}"
+        )
     if relative_bias is not None:
         _check_bias(relative_bias, key, num_global_tokens)
         relative_bias = relative_bias._replace(table=relative_bias.table.to(query.dtype))
@@ -166,6 +174,7 @@ def lsg_attention(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         backend=backend,
         bias=relative_bias,
+        choose_by=choose_by,
     )
     mask = None
     if padding_mask is not None:
@@ -183,6 +192,7 @@ class _Settings(NamedTuple):
     scale: float
     backend: str
     bias: RelativeBias | None
+    choose_by: Tensor | None
 
 
 def _attention(
@@ -241,6 +251,7 @@ def _attention(
             token_query[:, :, 0],
             scale,
             settings.projections,
+            tokens.key if settings.choose_by is None else settings.choose_by[:, :, num_global:],
             # sparse tokens are more than a block away
             with_positions=bias is not None and bias.reach > geometry.block_size,
         )
@@ -290,7 +301,13 @@ def _with_first_token_in_front(
     """Token 0 as a global token in front, and masked where it stands."""
     length = key.shape[2]
     mask = query.new_ones(query.shape[0], length, dtype=torch.bool) if mask is None else mask
-    query, key, value = (torch.cat([x[:, :, :1], x], dim=2) for x in (query, key, value))
+
+    def doubled(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, :1], x], dim=2)
+
+    query, key, value = doubled(query), doubled(key), doubled(value)
+    if settings.choose_by is not None:
+        settings = settings._replace(choose_by=doubled(settings.choose_by))
     elsewhere = mask & (torch.arange(length, device=query.device) > 0)
     # weighed pooling is by the first token's query, and counts that token where it stands
     weighs = settings.sparsity_type == "bos_pooling" and settings.geometry.sparsity_factor > 1

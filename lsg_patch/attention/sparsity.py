@@ -25,8 +25,9 @@ class SelectionInputs(NamedTuple):
     """What a selection may look at.
 
     ``tokens`` has (B, H, T, D) keys with a (B, 1, T) mask; ``first_query`` (B, H, D) is the first
-    token's query; ``projections`` are those of ``draw_projections``. ``with_positions``: the keys
-    are to have their positions, unless these are ``Geometry.run_positions``.
+    token's query; ``projections`` are those of ``draw_projections``; ``choose_by`` (B, H, T, D) has
+    what tokens are chosen by. ``with_positions``: the keys are to have their positions, unless these
+    are ``Geometry.run_positions``.
     """
 
     tokens: Keys
@@ -34,6 +35,7 @@ class SelectionInputs(NamedTuple):
     first_query: Tensor
     scale: float
     projections: Sequence[Tensor]
+    choose_by: Tensor
     with_positions: bool = False
 
 
@@ -44,17 +46,22 @@ def select(sparsity_type: str, inputs: SelectionInputs) -> Keys:
     length = inputs.tokens.key.shape[2]
     missing = inputs.geometry.num_blocks(length) * inputs.geometry.block_size - length
     if missing or is_compiling():
+
+        def padded(x: Tensor) -> Tensor:
+            return F.pad(x, (0, 0, 0, missing))
+
         key, value, mask, _ = inputs.tokens
-        key, value = (F.pad(x, (0, 0, 0, missing)) for x in (key, value))
-        inputs = inputs._replace(tokens=Keys(key, value, F.pad(mask, (0, missing))))
+        tokens = Keys(padded(key), padded(value), F.pad(mask, (0, missing)))
+        by = tokens.key if inputs.choose_by is key else padded(inputs.choose_by)
+        inputs = inputs._replace(tokens=tokens, choose_by=by)
     return SELECTIONS[sparsity_type](inputs)
 
 
 def _norm(inputs: SelectionInputs) -> Keys:
-    """The tokens of the longest keys in each chunk, the earlier one first among equals."""
+    """The tokens that are longest in each chunk, the earlier one first among equals."""
     tokens, geometry, *_ = inputs
     kept = geometry.chunk // geometry.sparsity_factor
-    key = tokens.key.detach()
+    key = inputs.choose_by.detach()
     half = key.dtype in (torch.float16, torch.bfloat16)
     # as (B, T, H, D), the order in memory: five times as fast
     norm = torch.linalg.vector_norm(
@@ -141,7 +148,7 @@ def _lsh(inputs: SelectionInputs) -> Keys:
     chunked = (-1, geometry.chunk)
     seen = tokens.mask.unflatten(2, chunked)
     with torch.autocast(tokens.key.device.type, enabled=False):
-        key = tokens.key.detach().to(wide)
+        key = inputs.choose_by.detach().to(wide)
         buckets = None
         sizes = _round_sizes(geometry, len(inputs.projections))
         for size, projection in zip(sizes, inputs.projections, strict=True):

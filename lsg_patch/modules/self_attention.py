@@ -66,7 +66,11 @@ class LSGSelfAttention(Swapped):
         query, key, value = (
             x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2) for x in projected
         )
+        choose_by = None
         if lsg.rotary is not None and layout.rotation is not None:
+            choose_by = (
+                key  # a turned key's length and direction follow from its place, and rounding
+            )
             query = rotate(query, layout.rotation, lsg.rotary.interleaved)
             key = rotate(key, layout.rotation, lsg.rotary.interleaved)
             if lsg.rotary.turns_values(self):
@@ -74,14 +78,22 @@ class LSGSelfAttention(Swapped):
         cached: tuple[Any, ...] = ()
         if lsg.kept is not None:
             key, value, cached = lsg.kept.extend(self, key, value, layout, args, kwargs)
-        context = self._attend(query, key, value, layout)
+        context = self._attend(layout, query, key, value, choose_by)
         output = lsg.output(self, hidden, context)
         return (output,) + (None,) * (lsg.outputs - 1) + cached
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | Batch) -> Tensor:
+    def _attend(
+        self,
+        layout: Layout | Batch,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        choose_by: Tensor | None = None,
+    ) -> Tensor:
         """The joined heads (B, N, H * D) of (B, H, N, D)."""
         if isinstance(layout, Layout) and layout.batches:
-            return self._attend_packed(query, key, value, layout.batches)
+            given = (query, key, value, choose_by)
+            return self._attend_packed(layout.batches, *(x for x in given if x is not None))
         lsg, config = self.lsg, self.lsg.config
         context = lsg_attention(
             query,
@@ -96,24 +108,20 @@ class LSGSelfAttention(Swapped):
             is_causal=lsg.kept is not None,
             lsh_num_pre_rounds=config.lsh_num_pre_rounds,
             lsh_projections=[getattr(self, _projection_name(i)) for i in range(lsg.rounds)],
+            choose_by=choose_by,
             dropout_p=self._dropout_p(),
             relative_bias=layout.bias,
             backend=config.backend,
         )
         return context.transpose(1, 2).flatten(2)
 
-    def _attend_packed(
-        self, query: Tensor, key: Tensor, value: Tensor, batches: tuple[Batch, ...]
-    ) -> Tensor:
+    def _attend_packed(self, batches: tuple[Batch, ...], *tensors: Tensor) -> Tensor:
         """The same of (1, H, N, D) in which the ``batches`` stand one after the other."""
         sizes = [batch.rows for batch in batches]
-        parts = zip(batches, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
         contexts = []
-        for batch, *heads in parts:
-            q, k, v = (
-                x[0].unflatten(1, (batch.sequences, batch.size)).transpose(0, 1) for x in heads
-            )
-            contexts.append(self._attend(q, k, v, batch).flatten(0, 1))
+        for batch, *heads in zip(batches, *(x.split(sizes, dim=2) for x in tensors), strict=True):
+            own = (x[0].unflatten(1, (batch.sequences, batch.size)).transpose(0, 1) for x in heads)
+            contexts.append(self._attend(batch, *own).flatten(0, 1))
         return torch.cat(contexts)[None]
 
     def _dropout_p(self) -> float:

@@ -178,6 +178,8 @@ def _cases(draw: st.DrawFn, sparsity_type: str, first_token_global: bool) -> Cas
         "lsh_num_pre_rounds": pre_rounds,
         "scale": draw(st.sampled_from([None, 0.7])),
     }
+    if sparsity_type in ("norm", "lsh") and draw(st.booleans()):
+        arguments["choose_by"] = _inputs(batch, heads, g + tokens, head_dim, seed + 1).key
     if sparsity_type == "lsh" and sparse_block_size > 0:
         arguments["lsh_projections"] = _projections(
             heads,
@@ -737,6 +739,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "key of another head size": ({"key": torch.ones(2, HEADS, TOKENS + 2, 3)}, "key"),
     "value of another batch": ({"value": torch.ones(1, HEADS, TOKENS + 2, HEAD_DIM)}, "value"),
     "value with fewer heads": ({"value": torch.ones(2, 1, TOKENS + 2, HEAD_DIM)}, "value"),
+    "choose_by of another length": (
+        {"choose_by": torch.ones(2, HEADS, TOKENS, HEAD_DIM)},
+        "choose_by must have the shape of query",
+    ),
     "query of three dimensions": ({"query": torch.ones(2, TOKENS + 2, HEAD_DIM)}, "query"),
 }
 

@@ -23,7 +23,7 @@ from tests.models import (
     run,
     tiny_model,
 )
-from tests.rotary import LEFT, check_turned_attention
+from tests.rotary import LEFT, check_left_padding, check_turned_attention
 from tests.test_patching import assert_bitwise, fingerprint, values
 
 SETTINGS: dict[str, Any] = {
@@ -177,6 +177,12 @@ def test_given_positions() -> None:
     expected = run(model, ids, mask, position_ids=positions)
     with lsg_patch.patched(model, **SETTINGS):
         assert_same(run(model, ids, mask, position_ids=positions), expected, mask, 1e-5)
+
+
+@pytest.mark.parametrize("sparsity_type", ["norm", "lsh"])
+@pytest.mark.parametrize("unpad", [False, True])
+def test_padding_on_the_left_chooses_no_other_tokens(sparsity_type: str, unpad: bool) -> None:
+    check_left_padding(tiny_model("esm"), "esm", sparsity_type, unpad)
 
 
 def test_relative_positions_are_refused() -> None:

@@ -20,7 +20,7 @@ from tests.models import (
     run,
     tiny_model,
 )
-from tests.rotary import LEFT, check_turned_attention
+from tests.rotary import LEFT, check_left_padding, check_turned_attention
 
 SETTINGS: dict[str, Any] = {
     "block_size": 16,
@@ -117,6 +117,12 @@ def test_a_saved_patched_model_is_patched_again(tmp_path: Any) -> None:
     lsg_patch.patch_model(loaded, **settings)
     loaded.load_state_dict(state)
     assert torch.equal(run(loaded, ids, mask)["last_hidden_state"], expected)
+
+
+@pytest.mark.parametrize("sparsity_type", ["norm", "lsh"])
+@pytest.mark.parametrize("unpad", [False, True])
+def test_padding_on_the_left_chooses_no_other_tokens(sparsity_type: str, unpad: bool) -> None:
+    check_left_padding(tiny_model("roformer"), "roformer", sparsity_type, unpad)
 
 
 def test_the_layers_turn_by_the_models_own_rule() -> None:
