@@ -35,9 +35,8 @@ class CheckStateDict:
                 f"nothing was loaded: the state dict has no {min(missing)}, so it is of a model that is "
                 "not patched. If that was made from the checkpoint of a patched one, trained global tokens "
                 "were dropped on the way: load that again under lsg_patch.auto_patching(), or load the "
-                "checkpoint's file itself (safetensors.torch.load_file). To keep the global tokens of this "
-                "model has, "
-                "load {**model.state_dict(), **state_dict}"
+                "checkpoint's file itself (safetensors.torch.load_file). To keep the global tokens that "
+                "this model has, load {**model.state_dict(), **state_dict}"
             )
         for name in own.keys() & {prefix + table for table in self.tables} - missing:
             rows, loaded = own[name].shape[0], state_dict[name].shape[0]
