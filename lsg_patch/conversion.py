@@ -22,7 +22,7 @@ from lsg_patch.patching import (
     unpatch_model,
 )
 from lsg_patch.published import is_published, without_prefix
-from lsg_patch.tokenizer import find_token_ids, set_max_length, tokenizer_at
+from lsg_patch.tokenizer import find_token_ids, tokenizer_at
 from lsg_patch.weights import Source
 
 # the reference's script takes them
@@ -137,7 +137,7 @@ def convert(
     if tokenizer is None:
         lines.append(f"tokenizer: none, {why}")
     else:
-        set_max_length(tokenizer, config.max_position_embeddings)
+        tokenizer.model_max_length = config.max_position_embeddings
         # before 4.34 nothing else is saved
         tokenizer.init_kwargs["model_max_length"] = config.max_position_embeddings
         tokenizer.save_pretrained(folder)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import FAMILIES, Family, find_base
+from lsg_patch.holders import Holder, module_of, owners_of, set_limits, tokenizer_in
 from lsg_patch.hooking import hook_edges
+from lsg_patch.loading import CheckStateDict, check_adapters
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.layer import swap_layer, swap_row_wise
 from lsg_patch.modules.link import Link
@@ -23,11 +25,10 @@ from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_pos
 from lsg_patch.modules.self_attention import swap_attention
 from lsg_patch.offloading import value_of
 from lsg_patch.plan import CHUNK, Plan, SavedGlobals, check_revert, configs_around, make_plan
-from lsg_patch.tokenizer import set_max_length
-from lsg_patch.undo import Journal, record_of, records_of
+from lsg_patch.undo import HookAdded, Journal, record_of, records_of
 
 logger = logging.getLogger(__name__)
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=nn.Module | Holder)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 GLOBAL_EMBEDDINGS = "global_embeddings"
@@ -105,11 +106,13 @@ def patch_model(
     unpadded (``unpad``) those of all sequences one after the other, as a batch of one.
 
     Args:
-        model: a model of a supported family, with or without a head, or a module that holds one.
+        model: a model of a supported family, with or without a head, or a module that holds one
+            (``SentenceTransformer``, ``CrossEncoder``), or a pipeline.
         block_size: tokens a block, or an ``LSGConfig`` in place of all settings.
         tokenizer: where the ids of the cls/bos and mask tokens come from, and whose
-            ``model_max_length`` is set to ``max_position_embeddings``. By default the ids come from
-            the model's config, else from the tokenizer of ``config._name_or_path``.
+            ``model_max_length`` is set to ``max_position_embeddings``. By default that of a pipeline
+            or a module that holds one, whose own limits are set in any case. Where there is none, the
+            ids come from the model's config, else from the tokenizer of ``config._name_or_path``.
 
     For all other arguments see ``LSGConfig``.
 
@@ -118,8 +121,8 @@ def patch_model(
 
     Raises:
         ValueError: a setting is wrong, two do not fit, the model is patched already, is told to be a
-            decoder and is none, has relative positions, cannot be run unpadded, or a token id is not
-            to be found.
+            decoder and is none, has relative positions, cannot be run unpadded, has an adapter that
+            was to train global tokens, or a token id is not to be found.
         TypeError: ``model`` is not of a supported family.
 
     A patch that fails leaves the model as it was.
@@ -129,7 +132,7 @@ def patch_model(
     else:
         given = dict(locals())
         config = LSGConfig(**{field.name: given[field.name] for field in fields(LSGConfig)})
-    base, family = find_base(model)
+    base, family = find_base(module_of(model))
     if KEY in vars(base.config) and not is_patched(base):
         logger.warning(
             "%s was saved patched and loaded without that: it is patched anew, with new global tokens. "
@@ -161,7 +164,7 @@ def patch_loaded(
     Raises:
         As ``patch_model``.
     """
-    base, family = find_base(model)
+    base, family = find_base(module_of(model))
     saved = SavedGlobals(global_rows, global_reach, bos_id)
     return _patch(model, base, family, config, tokenizer, saved)
 
@@ -174,15 +177,19 @@ def _patch(
     tokenizer: Any,
     saved: SavedGlobals | None = None,
 ) -> Model:
+    module = module_of(model)
     config = config.with_family_default(family.begins_with_cls)
     if any(True for _ in records_of(base)):
         raise ValueError(
             f"{type(base).__name__}, or a module in it, is patched already: unpatch_model(model) first, "
             "then patch it anew"
         )
+    check_adapters(module, GLOBAL_EMBEDDINGS)
+    owners = owners_of(model, base)
+    ids_from = tokenizer_in(owners[0]) if tokenizer is None and owners else tokenizer
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
-        plan = make_plan(model, base, family, config, tokenizer, saved)
+        plan = make_plan(module, base, family, config, ids_from, saved)
         if not plan.can_unpad:
             config = replace(config, unpad=False)
         length, reach = config.max_position_embeddings, plan.global_reach
@@ -199,7 +206,10 @@ def _patch(
                 if saved is not None:
                     vars(model_config).pop(KEY, None)
                 patch.set_attribute(model_config, KEY, patch.saved)
-            _apply(base, family, config, plan, tokenizer, patch)
+            _apply(base, family, config, plan, patch)
+            stated = patch.stated_length
+            readable = None if stated is None else stated - plan.config_offset
+            set_limits(owners, tokenizer, length, readable, patch)
         except BaseException:
             patch.undo()
             raise
@@ -227,10 +237,14 @@ def unpatch_model(model: Model) -> Model:
         RuntimeError: something failed all the same. The rest is reverted; what is left is named, and
             a further call tries it again.
     """
-    records = dict(records_of(model))
+    module = module_of(model)
+    records = dict(records_of(module))
+    of_pipeline = None if model is module else record_of(model)
+    if of_pipeline is not None:
+        records["pipeline"] = of_pipeline
     if not records:
         _require_patched(model)
-    check_revert(model, records)
+    check_revert(module, records)
     bases = _patches(model)
     failed: Exception | None = None
     with torch.inference_mode(False):
@@ -244,7 +258,7 @@ def unpatch_model(model: Model) -> Model:
     for base, patch in bases:
         if patch.changes:
             continue
-        for config in configs_around(model, base).values():
+        for config in configs_around(module, base).values():
             if vars(config).get(KEY) == patch.saved:
                 delattr(config, KEY)
             if getattr(config, "max_position_embeddings", None) == patch.patched_length:
@@ -272,7 +286,7 @@ def freeze_except_global(model: Model, train_head: bool = True) -> Model:
     """
     trained = global_embeddings(model)
     of_bases = {id(p) for base, _ in _require_patched(model) for p in base.parameters()}
-    for parameter in model.parameters():
+    for parameter in module_of(model).parameters():
         in_head = train_head and id(parameter) not in of_bases
         parameter.requires_grad_(parameter is trained or in_head)
     return model
@@ -292,12 +306,12 @@ def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
             unpatch_model(model)
 
 
-def is_patched(model: nn.Module) -> bool:
+def is_patched(model: nn.Module | Holder) -> bool:
     """Whether ``model`` is patched, or holds a model that is."""
     return bool(_patches(model))
 
 
-def get_config(model: nn.Module) -> LSGConfig:
+def get_config(model: nn.Module | Holder) -> LSGConfig:
     """The settings in force in a patched model; defaults of its family are filled in.
 
     Raises:
@@ -307,7 +321,7 @@ def get_config(model: nn.Module) -> LSGConfig:
     return patch.config
 
 
-def global_embeddings(model: nn.Module) -> nn.Parameter:
+def global_embeddings(model: nn.Module | Holder) -> nn.Parameter:
     """The trainable embeddings of the global tokens, (num_global_tokens, width).
 
     Those that a forward takes: where a tool keeps several (PEFT's modules_to_save), the active ones.
@@ -324,7 +338,7 @@ def global_embeddings(model: nn.Module) -> nn.Parameter:
 
 
 def _apply(
-    base: nn.Module, family: Family, config: LSGConfig, plan: Plan, tokenizer: Any, journal: Journal
+    base: nn.Module, family: Family, config: LSGConfig, plan: Plan, journal: Journal
 ) -> None:
     """Make the changes, recording each of them."""
     length = config.max_position_embeddings
@@ -355,17 +369,19 @@ def _apply(
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
         journal.set_attribute(plan.embeddings, "lsg_self", Link(plan.embeddings))
     hook_edges(base, family, plan, config, journal)
-    if tokenizer is not None and hasattr(tokenizer, "model_max_length"):
-        journal.record(set_max_length(tokenizer, length))
+    changed = {table.weight for tables in plan.tables for table in tables}
+    names = tuple(name for name, parameter in base.named_parameters() if parameter in changed)
+    check = CheckStateDict(GLOBAL_EMBEDDINGS, names)
+    journal.record(HookAdded(base._register_load_state_dict_pre_hook(check, with_module=True)))
 
 
-def _patches(model: nn.Module) -> list[tuple[nn.Module, Patch]]:
+def _patches(model: nn.Module | Holder) -> list[tuple[nn.Module, Patch]]:
     """The patched base models in ``model``."""
-    found = ((module, record_of(module)) for module in model.modules())
+    found = ((module, record_of(module)) for module in module_of(model).modules())
     return [(module, record) for module, record in found if isinstance(record, Patch)]
 
 
-def _require_patched(model: nn.Module) -> list[tuple[nn.Module, Patch]]:
+def _require_patched(model: nn.Module | Holder) -> list[tuple[nn.Module, Patch]]:
     patches = _patches(model)
     if not patches:
         raise ValueError(f"{type(model).__name__} is not patched: patch_model(model) patches it")

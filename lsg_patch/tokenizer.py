@@ -1,13 +1,10 @@
-"""What a patch needs of a tokenizer: the ids of two tokens, and a place for the new length."""
+"""What a patch needs of a tokenizer: the ids of two tokens."""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import Any
-
-from lsg_patch.undo import Change
 
 # first the one that inputs of an encoder begin with
 BOS_NAMES = ("cls_token_id", "bos_token_id")
@@ -83,27 +80,3 @@ def tokenizer_at(path: str) -> tuple[Any, str]:
     except Exception as error:  # whatever a missing file, network or package raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return None, f"the tokenizer of {path!r} does not load: {reason}"
-
-
-def set_max_length(tokenizer: Any, length: int) -> LimitSet:
-    """Let ``tokenizer`` truncate at ``length`` tokens; returns the change, to be taken back."""
-    change = LimitSet(tokenizer, tokenizer.model_max_length, length)
-    tokenizer.model_max_length = length
-    return change
-
-
-@dataclass
-class LimitSet(Change):
-    """A tokenizer's limit. A copy of the model has no part in it: only the model itself undoes it."""
-
-    tokenizer: Any
-    old: int
-    new: int
-
-    def undo(self) -> None:
-        # somebody else's limit is left alone
-        if self.tokenizer is not None and self.tokenizer.model_max_length == self.new:
-            self.tokenizer.model_max_length = self.old
-
-    def __reduce__(self) -> Any:
-        return LimitSet, (None, self.old, self.new)

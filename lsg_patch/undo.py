@@ -35,7 +35,7 @@ class Change(ABC):
 class Journal(Change):
     """Changes of ``owner``, which carries them, and of what was changed with it, in order."""
 
-    owner: nn.Module
+    owner: Any
     changes: list[Change] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -103,9 +103,10 @@ class Journal(Change):
         self.of(module).record(HookAdded(handle))
 
 
-def record_of(module: nn.Module) -> Journal | None:
-    """What ``module`` carries of its changes."""
-    return vars(module).get(RECORD)
+def record_of(module: Any) -> Journal | None:
+    """What ``module``, or a pipeline, carries of its changes."""
+    own: Journal | None = vars(module).get(RECORD)
+    return own
 
 
 def records_of(root: nn.Module) -> Iterator[tuple[str, Journal]]:

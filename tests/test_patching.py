@@ -188,9 +188,7 @@ def test_context_reverts_on_leaving_also_by_an_exception() -> None:
     assert_bitwise(values(model), stored)
 
 
-@pytest.mark.parametrize(
-    "step", ["resize_buffers", "swap_attention", "hook_edges", "set_max_length"]
-)
+@pytest.mark.parametrize("step", ["resize_buffers", "swap_attention", "hook_edges", "set_limits"])
 def test_a_patch_that_fails_half_way_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

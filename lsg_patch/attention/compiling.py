@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 
 
+def is_exporting() -> bool:
+    """Whether torch.export, torch.jit.trace or an ONNX exporter is: what it records is for all sizes."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7 and later
+    return bool(torch._C._get_tracing_state() or (exporting and exporting()))
+
+
 def is_compiling() -> bool:
     """Whether torch.compile, torch.export, torch.jit.trace or a CUDA graph is following this call."""
     compiler = getattr(torch.compiler, "is_compiling", None)  # torch 2.3 and later
     compiling = compiler() if compiler else torch._dynamo.is_compiling()
-    if compiling or torch._C._get_tracing_state():
+    if compiling or is_exporting():
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lsg_patch.attention.backends import auto, dense, flex, sdpa
 from lsg_patch.attention.bias import RelativeBias
 from lsg_patch.attention.blocks import Blocks, joined
+from lsg_patch.attention.compiling import is_exporting
 from lsg_patch.attention.geometry import Geometry
 from lsg_patch.attention.keys import Keys
 from lsg_patch.attention.sparsity import (
@@ -203,7 +204,8 @@ def _attention(
         return None if bias is None else bias.of_rows(num_global + length, queries, keys)
 
     seen = None if mask is None else F.pad(mask, (num_global, 0), value=True).unsqueeze(1)
-    is_short = length <= geometry.full_length or has_kept_keys
+    # what is exported serves all lengths, so it takes the way that is right for all
+    is_short = has_kept_keys or (not is_exporting() and length <= geometry.full_length)
     if is_short and not geometry.is_causal:
         added = bias_of(slice(None), slice(None))
         return dense.full_attention(query, key, value, seen, dropout_p, scale, bias=added)

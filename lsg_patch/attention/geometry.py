@@ -12,8 +12,11 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lsg_patch.attention.compiling import is_exporting
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Geometry:
 
     def num_blocks(self, length: int) -> int:
         """Blocks that hold ``length`` tokens, the last one filled up with padding."""
-        return -(-length // self.block_size)
+        return (length + self.block_size - 1) // self.block_size
 
     def padded(self, length: int) -> int:
         """``length`` rounded up to whole blocks, where blocks are used at all."""
@@ -186,6 +189,8 @@ def unfold_windows(
     """
     dim %= x.dim()
     length = x.shape[dim]
+    if is_exporting():
+        return [_looked_up(x, window, num_blocks, dim, first) for window in windows]
     spans = [(w.start + first * w.stride, (num_blocks - 1) * w.stride + w.size) for w in windows]
     before = max(0, *(-start for start, _ in spans))
     after = max(0, *(start + size - length for start, size in spans))
@@ -195,3 +200,15 @@ def unfold_windows(
         x.narrow(dim, before + start, size).unfold(dim, w.size, w.stride).movedim(-1, dim + 1)
         for w, (start, size) in zip(windows, spans, strict=True)
     ]
+
+
+def _looked_up(x: Tensor, window: Window, num_blocks: int, dim: int, first: int) -> Tensor:
+    """A window of each block by index: views of sizes that are not known yet say too much of them."""
+    block = torch.arange(num_blocks, device=x.device)[:, None] + first
+    index = block * window.stride + window.start + torch.arange(window.size, device=x.device)
+    length = x.shape[dim]
+    rows = x.index_select(dim, index.clamp(min=0).clamp(max=length - 1).flatten())
+    found: Tensor = rows.unflatten(dim, (num_blocks, window.size))
+    inside = (index >= 0) & (index < length)
+    inside = inside.view(*inside.shape, *(1,) * (x.dim() - 1 - dim))
+    return found & inside if x.dtype == torch.bool else found * inside

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsg_patch.attention.compiling import is_compiling, is_exporting
 from lsg_patch.attention.geometry import Geometry
 from lsg_patch.attention.keys import Keys, additive, take_rows
 
@@ -40,8 +41,9 @@ def select(sparsity_type: str, inputs: SelectionInputs) -> Keys:
     """The sparse tokens of a sequence: (B, H, n, D) keys and values with a (B, 1 or H, n) mask."""
     if inputs.geometry.sparsity_factor == 1:
         return inputs.tokens
-    missing = -inputs.tokens.key.shape[2] % inputs.geometry.block_size
-    if missing:
+    length = inputs.tokens.key.shape[2]
+    missing = inputs.geometry.num_blocks(length) * inputs.geometry.block_size - length
+    if missing or is_compiling():
         key, value, mask, _ = inputs.tokens
         key, value = (F.pad(x, (0, 0, 0, missing)) for x in (key, value))
         inputs = inputs._replace(tokens=Keys(key, value, F.pad(mask, (0, missing))))
@@ -69,8 +71,12 @@ def _longest(norm: Tensor, kept: int, in_order: bool) -> Tensor:
 
     ``in_order``: the greatest last; else in any order, which takes a fraction of the time.
     """
-    # a traced graph has no word for the bits, other devices may not rank such integers
-    by_bits = norm.device.type in ("cpu", "cuda") and not torch._C._get_tracing_state()
+    if (
+        is_exporting()
+    ):  # ONNX knows neither the bits nor a stable sort, and its top-k takes the earlier
+        return norm.topk(kept, dim=-1).indices.flip(-1)
+    # other devices may not rank such integers
+    by_bits = norm.device.type in ("cpu", "cuda")
     if norm.dtype != torch.float32 or not by_bits:
         return norm.sort(dim=-1, descending=True, stable=True).indices[..., :kept].flip(-1)
     # the bits of a float that is not negative, read as an integer, are in its order

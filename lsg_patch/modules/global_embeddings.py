@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 # the reference spreads its global tokens over so many positions
 REFERENCE_ROWS = 512
@@ -32,6 +35,14 @@ class GlobalEmbeddings(nn.Module):
         name = prefix + "weight"
         rows = state_dict.get(name)
         if isinstance(rows, Tensor) and rows.shape[1:] == self.weight.shape[1:]:
+            if len(rows) > len(self.weight):
+                logger.warning(
+                    "only the first %d of %d global tokens are loaded: the model is patched with "
+                    "num_global_tokens=%d",
+                    len(self.weight),
+                    len(rows),
+                    len(self.weight),
+                )
             # the caller's dictionary stays as it is
             state_dict = {**state_dict, name: rows[: len(self.weight)]}
         super()._load_from_state_dict(state_dict, prefix, *args)

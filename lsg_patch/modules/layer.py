@@ -78,7 +78,7 @@ def some_at_a_time(of_rows: Callable[..., Tensor], *given: Tensor) -> Tensor:
     batch, count, _ = given[0].shape
     parts = -(-batch * count // ROWS_BY_THEMSELVES)
     # for a backward all of it has to be kept anyway
-    if parts <= 1 or given[0].device.type != "cpu" or torch.is_grad_enabled() or is_compiling():
+    if is_compiling() or parts <= 1 or given[0].device.type != "cpu" or torch.is_grad_enabled():
         return of_rows(*given)
     out, at = None, 0
     for some in zip(*(x.chunk(parts, dim=1) for x in given), strict=True):

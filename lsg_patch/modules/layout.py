@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsg_patch.attention import RelativeBias
-from lsg_patch.attention.compiling import is_compiling
+from lsg_patch.attention.compiling import is_compiling, is_exporting
 from lsg_patch.config import LSGConfig
 
 # by default: the share of a padded batch up to which its real rows are worth taking out
@@ -135,7 +135,7 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
     geometry = config.geometry()
     # beyond two blocks it keeps its place, which the blocks are counted from; a decoder that sees the
     # global tokens sees it as well
-    is_short = length <= geometry.full_length
+    is_short = not is_exporting() and length <= geometry.full_length
     stood_in = int(
         bool(config.mask_first_token) and is_short and not config.pass_global_tokens_to_decoder
     )
@@ -144,8 +144,17 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
         first = mask.int().argmax(dim=1, keepdim=True)
     else:
         first = torch.zeros(1, 1, dtype=torch.long, device=device)
-    slots = torch.arange(geometry.padded(length) - stood_in, device=device)
-    return Placement(first, (slots + first + stood_in) % length, stood_in, turned)
+    if is_exporting():  # two blocks at least, so that no size is taken for a constant 1
+        room = (length + 2 * config.block_size - 1) // config.block_size * config.block_size
+    else:
+        room = geometry.padded(length)
+    slots = torch.arange(room - stood_in, device=device)
+    return Placement(first, _around(slots + first + stood_in, length), stood_in, turned)
+
+
+def _around(x: Tensor, length: int) -> Tensor:
+    """``x`` modulo ``length``, as a tensor: ONNX knows no remainder of a size that is not fixed."""
+    return x.remainder(torch.full((), length, dtype=x.dtype, device=x.device))
 
 
 def _known_to_be_true(mask: Tensor) -> bool:
@@ -172,16 +181,16 @@ def _layout(
     slots = torch.arange(tokens.shape[1], device=tokens.device)
     hides_first = config.mask_first_token and not stood_in
     key_mask = None
-    if mask is not None or hides_first or tokens.shape[1] > length:
+    if mask is not None or hides_first or is_compiling() or tokens.shape[1] > length:
         key_mask = (slots < length - stood_in)[None]
         if mask is not None:
-            key_mask = key_mask & mask.gather(1, tokens.expand(len(mask), -1))
+            key_mask = key_mask & mask.gather(1, tokens.expand(mask.shape[0], -1))
         if hides_first:
             key_mask = key_mask & (slots > 0)
         if _known_to_be_true(key_mask):
             key_mask = None  # attention without a mask is faster
     position = torch.arange(length, device=tokens.device)[None]
-    rows = config.num_global_tokens - stood_in + (position - first) % length
+    rows = config.num_global_tokens - stood_in + _around(position - first, length)
     if pool and config.pool_with_global and config.num_global_tokens:
         # the first global token stands in for the first real one, and for padding before it
         rows = rows.masked_fill(position <= first, 0)
@@ -280,13 +289,14 @@ def enter(
         """Of (1 or B, g + T0, n): (1 or B, g + T, n)."""
         tokens = placement.tokens
         if placement.turned:
-            globals_ = torch.arange(num_global, device=x.device).expand(len(tokens), -1)
+            globals_ = torch.arange(num_global, device=x.device).expand(tokens.shape[0], -1)
             rows = torch.cat([globals_, num_global + tokens], dim=1)
-            return _take_rows(x if len(rows) == 1 else x.expand(len(rows), -1, -1), rows)
+            return _take_rows(x if rows.shape[0] == 1 else x.expand(rows.shape[0], -1, -1), rows)
         if placement.stood_in:
             x = torch.cat([x[:, :num_global], x[:, num_global + placement.stood_in :]], dim=1)
         missing = num_global + tokens.shape[1] - x.shape[1]
-        return F.pad(x, (0, 0, 0, missing)) if missing else x
+        # in a graph, too, that is made for sizes that vary: one that fits is no other case
+        return F.pad(x, (0, 0, 0, missing)) if is_compiling() or missing else x
 
     if rotation is not None:
         layout = layout._replace(rotation=(laid_out(rotation[0]), laid_out(rotation[1])))
@@ -331,13 +341,11 @@ def _enter_packed(
 
 def packing_of(mask: Tensor | None, config: LSGConfig) -> Packing | None:
     """How the input is packed, if it is to be."""
-    if config.unpad is False or mask is None:
+    # in a graph the lengths of this batch would stand for those of every other one
+    if config.unpad is False or mask is None or is_compiling():
         return None
     # up to two blocks padding, too, has the output that it has unpatched
     if config.unpad is None and mask.shape[1] <= config.geometry().full_length:
-        return None
-    # in a graph the lengths of this batch would stand for those of every other one
-    if is_compiling():
         return None
     return pack(mask, config)
 
@@ -351,9 +359,9 @@ def with_globals_in_front(
     """
     first = tokens[:, :1]
     if mask is not None:
-        first = tokens.expand(len(mask), -1).gather(1, mask.int().argmax(dim=1, keepdim=True))
+        first = tokens.expand(mask.shape[0], -1).gather(1, mask.int().argmax(dim=1, keepdim=True))
     globals_ = first + torch.tensor(of_globals, dtype=tokens.dtype, device=tokens.device)
-    return torch.cat([globals_, tokens.expand(len(first), -1)], dim=1)
+    return torch.cat([globals_, tokens.expand(first.shape[0], -1)], dim=1)
 
 
 def leave(hidden: Tensor, layout: Layout) -> Tensor:
@@ -363,7 +371,7 @@ def leave(hidden: Tensor, layout: Layout) -> Tensor:
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows (1 or B, n) of ``x`` (B, m, width), as (B, n, width)."""
-    if len(rows) == 1:
+    if rows.shape[0] == 1:
         return x.index_select(1, rows[0])
     batch, length, width = x.shape
     flat = rows + length * torch.arange(batch, device=x.device)[:, None]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 
 import lsg_patch
 from tests.models import ids_like, right_padded, tiny_model
+from tests.test_patching import fingerprint
 
 SETTINGS: dict[str, Any] = {"block_size": 8, "sparse_block_size": 8, "max_position_embeddings": 100}
 IDS = ids_like(right_padded(60, 41), "bert")
@@ -66,3 +74,20 @@ def test_global_tokens_that_peft_keeps_a_copy_of(saved: str) -> None:
     with torch.no_grad():
         rows.mul_(torch.linspace(-2, 2, 32))
     assert (model(IDS).logits - expected).abs().max() > 1e-3
+
+
+def test_an_adapter_of_global_tokens_that_was_loaded_before_the_patch(tmp_path: Path) -> None:
+    """PEFT drops their rows where the model has none, without a word."""
+    settings = LoraConfig(target_modules=["query"], modules_to_save=["global_embeddings"])
+    model = get_peft_model(lsg_patch.patch_model(tiny_model("bert"), **SETTINGS), settings)
+    with torch.no_grad():
+        lsg_patch.global_embeddings(model).fill_(3.0)
+    model.save_pretrained(tmp_path)
+    early = PeftModel.from_pretrained(tiny_model("bert"), tmp_path)
+    before = fingerprint(early)
+    with pytest.raises(ValueError, match=r"adapter 'default' .* patch the model first"):
+        lsg_patch.patch_model(early, **SETTINGS)
+    assert fingerprint(early) == before
+    patched = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS)
+    late = PeftModel.from_pretrained(patched, tmp_path)
+    assert (lsg_patch.global_embeddings(late) == 3.0).all()

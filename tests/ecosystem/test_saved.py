@@ -228,3 +228,29 @@ def test_sentence_transformer_trainer(saved: Path, tmp_path: Path) -> None:
     found = [[e["loss"] for e in x.state.log_history if "loss" in e] for x in (whole, resumed)]
     assert found[0] == found[1]
     assert (whole.model.encode([TEXT]) == resumed.model.encode([TEXT])).all()
+
+
+PARTS = {
+    "bert.embeddings": "cpu",
+    "bert.encoder": "disk",
+    "bert.pooler": "cpu",
+    "classifier": "cpu",
+}
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        "auto",
+        {"": "cpu"},
+        PARTS,
+        {"": "disk"},
+    ],
+    ids=str,
+)
+def test_device_map(saved: Path, tmp_path: Path, places: Any) -> None:
+    """Global tokens come to where the model's words are looked up, offloaded ones too."""
+    expected = lsg_patch.from_pretrained(saved)(IDS).logits
+    loaded = lsg_patch.from_pretrained(saved, device_map=places, offload_folder=tmp_path / "off")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, expected)
