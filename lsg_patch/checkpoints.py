@@ -53,10 +53,11 @@ _request: ContextVar[Request | None] = ContextVar("lsg_patch request", default=N
 def from_pretrained(
     path: str | os.PathLike[str], cls: Any = None, *, tokenizer: Any = None, **kwargs: Any
 ) -> Any:
-    """Load a model that was saved patched, patched as it was saved.
+    """Load a model that was saved patched, patched as it was saved, or an LSG checkpoint of the reference.
 
     It gives what the saved one gave, bit for bit. Nothing of the checkpoint is run: weights are
-    read from safetensors, or from pickles by ``weights_only=True``.
+    read from safetensors, or from pickles by ``weights_only=True``. Where a config of the reference
+    does not say a setting, it is the reference's default, not that of ``LSGConfig``.
 
     Args:
         path: a folder that ``save_pretrained`` of a patched model wrote, or a repository of the hub.
@@ -73,7 +74,8 @@ def from_pretrained(
 
     Raises:
         ValueError: it was not saved patched, by a newer release, or without its global tokens; a
-            setting or a file is wrong; code of the checkpoint is asked for (``trust_remote_code``).
+            setting or a file is wrong, or config and weights do not fit; code of the checkpoint is
+            asked for (``trust_remote_code``).
         OSError: there is no such checkpoint.
     """
     if kwargs.pop("trust_remote_code", False):

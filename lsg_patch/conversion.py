@@ -138,6 +138,7 @@ def convert(
         lines.append(f"tokenizer: none, {why}")
     else:
         tokenizer.model_max_length = config.max_position_embeddings
+        # before 4.34 nothing else is saved
         tokenizer.init_kwargs["model_max_length"] = config.max_position_embeddings
         tokenizer.save_pretrained(folder)
     if short is None or before is None:

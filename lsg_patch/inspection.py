@@ -103,6 +103,16 @@ def check_loaded(
     Raises:
         ValueError: it names the weights.
     """
+    missing = set(info["missing_keys"])
+    found = {
+        "lacks": missing,
+        "has no place in the model for": set(info["unexpected_keys"]),
+        "has of another shape": set()
+        if resized
+        else {_named(item) for item in info["mismatched_keys"]},
+    }
+    if not any(found.values()):
+        return
     parts = [
         f"{name}.{part}." if name else f"{part}."
         for name, module in model.named_modules()
@@ -113,15 +123,8 @@ def check_loaded(
     shared: dict[int, set[str]] = {}
     for name, parameter in model.state_dict(keep_vars=True).items():
         shared.setdefault(id(parameter), set()).add(name)
-    missing = set(info["missing_keys"])
-    tied = {name for names in shared.values() if not names <= missing for name in names}
-    found = {
-        "lacks": missing - tied,
-        "has no place in the model for": set(info["unexpected_keys"]),
-        "has of another shape": ()
-        if resized
-        else {_named(item) for item in info["mismatched_keys"]},
-    }
+    # what is tied to a weight that was read
+    missing -= {name for names in shared.values() if not names <= missing for name in names}
     for what, names in found.items():
         wrong = sorted(name for name in names if _counts(name, parts, whole))
         if wrong:

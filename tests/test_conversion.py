@@ -164,6 +164,15 @@ def test_another_architecture(source: Path, tmp_path: Path) -> None:
         assert type(model) is transformers.BertForSequenceClassification
 
 
+def test_weights_that_the_class_leaves_out(source: Path, tmp_path: Path) -> None:
+    """As the hub has them: a language model's checkpoint with a head for sentences."""
+    transformers.BertForPreTraining(original(source).config).save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    config["architectures"] = ["BertForMaskedLM"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert lsg_patch.convert(source, tmp_path / "out", max_length=100, test=True).passed
+
+
 def test_half_precision_becomes_float32(source: Path, tmp_path: Path) -> None:
     original(source).half().save_pretrained(source)
     lsg_patch.convert(source, tmp_path / "out", max_length=100)

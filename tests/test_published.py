@@ -83,6 +83,10 @@ def test_every_family_and_head(entry: golden.Entry, task: str | None, tmp_path: 
     dtype = torch.float64 if entry["tol_fp64"] is not None else torch.float32
     model = lsg_patch.from_pretrained(tmp_path / "saved")
     assert type(model) is type(source)
+    for read in (model, source):  # no more positions and no fewer
+        assert read.config.max_position_embeddings == source.config.max_position_embeddings
+        length = lsg_patch.get_config(read).max_position_embeddings
+        assert length == lsg_patch.get_config(source).max_position_embeddings
     assert lsg_patch.global_embeddings(model).shape == tensors["global_embeddings"].shape
     model = model.eval().to(dtype)
     feed_drawn(tensors, model)
