@@ -134,7 +134,8 @@ def lsg_attention(
             says in the log what it takes.
 
     Returns:
-        (B, H, N, D). Rows that see no key at all are finite and mean nothing.
+        (B, H, N, D), in the dtype of autocast where it is on. Rows that see no key at all are finite and
+        mean nothing. Beyond two blocks it is differentiable once; transforms of torch.func work.
 
     Raises:
         ValueError: a shape, a size or a name does not fit; the message names the argument. Or the
@@ -146,6 +147,7 @@ def lsg_attention(
         block_size, sparse_block_size, sparsity_factor, sparsity_type, is_causal
     )
     _check_tensors(query, key, value, padding_mask, num_global_tokens, is_causal)
+    query, key, value = (_as_autocast(x) for x in (query, key, value))
     if choose_by is not None and choose_by.shape != query.shape:
         raise ValueError(
             f"choose_by must have the shape of query, {tuple(query.shape)}, not "
@@ -182,6 +184,20 @@ def lsg_attention(
     if first_token_global:
         return _with_first_token_in_front(query, key, value, mask, settings)
     return _attention(query, key, value, mask, mask, num_global_tokens, settings)
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """``x`` as ``scaled_dot_product_attention`` would take it: in the dtype of autocast, where it is on."""
+    device = x.device.type
+    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4 and later
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return x
+        dtype = torch.get_autocast_dtype(device)
+    elif device == "cpu":
+        dtype = torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else x.dtype
+    else:
+        dtype = torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype
+    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 class _Settings(NamedTuple):

@@ -30,7 +30,7 @@ def additive(mask: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Te
     penalty = torch.finfo(dtype).min / 2
     if bias is not None:
         return bias.masked_fill(~mask, penalty)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, penalty)
+    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, penalty)
 
 
 def take_rows(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

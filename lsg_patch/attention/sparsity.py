@@ -62,11 +62,9 @@ def _norm(inputs: SelectionInputs) -> Keys:
     tokens, geometry, *_ = inputs
     kept = geometry.chunk // geometry.sparsity_factor
     key = inputs.choose_by.detach()
-    half = key.dtype in (torch.float16, torch.bfloat16)
     # as (B, T, H, D), the order in memory: five times as fast
-    norm = torch.linalg.vector_norm(
-        key.transpose(1, 2), dim=-1, dtype=torch.float32 if half else None
-    ).transpose(1, 2)
+    norm = torch.linalg.vector_norm(key.transpose(1, 2), dim=-1, dtype=_wide(key.dtype))
+    norm = norm.transpose(1, 2)
     norm = norm.masked_fill(~tokens.mask, -1.0).unflatten(2, (-1, geometry.chunk))
     order = _longest(norm, kept, in_order=geometry.cuts_chunks)
     index = order + geometry.chunk * torch.arange(order.shape[2], device=key.device)[:, None]
@@ -118,7 +116,7 @@ def _pooling(inputs: SelectionInputs) -> Keys:
     """The mean of the seen tokens of each run of ``sparsity_factor``."""
     tokens, geometry, *_ = inputs
     seen = tokens.mask.unflatten(2, (-1, geometry.sparsity_factor))
-    weights = seen.to(tokens.key.dtype)
+    weights = seen.to(_wide(tokens.key.dtype))
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
     return _pool(tokens, weights, seen)
 
@@ -126,7 +124,11 @@ def _pooling(inputs: SelectionInputs) -> Keys:
 def _bos_pooling(inputs: SelectionInputs) -> Keys:
     """The mean of each run of ``sparsity_factor`` tokens, weighed by the first token's attention."""
     tokens, geometry, first_query, scale, *_ = inputs
-    scores = ((first_query * scale).unsqueeze(-2) @ tokens.key.transpose(-1, -2)).squeeze(-2)
+    wide = _wide(tokens.key.dtype)
+    with torch.autocast(tokens.key.device.type, enabled=False):
+        query, key = (first_query * scale).unsqueeze(-2), tokens.key.transpose(-1, -2)
+        # half precision has no room for the products of long vectors
+        scores = (query.to(wide) @ key.to(wide)).squeeze(-2)
     scores = scores + additive(tokens.mask, scores.dtype)
     weights = scores.unflatten(2, (-1, geometry.sparsity_factor)).softmax(-1)
     seen = tokens.mask.unflatten(2, (-1, geometry.sparsity_factor))
@@ -143,8 +145,7 @@ def _lsh(inputs: SelectionInputs) -> Keys:
     if geometry.sparsity_factor == geometry.sparse_block_size:
         return _bos_pooling(inputs)
     dtype = tokens.key.dtype
-    # half precision is too coarse to tell buckets apart
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    wide = _wide(dtype)
     chunked = (-1, geometry.chunk)
     seen = tokens.mask.unflatten(2, chunked)
     with torch.autocast(tokens.key.device.type, enabled=False):
@@ -162,7 +163,7 @@ def _lsh(inputs: SelectionInputs) -> Keys:
         ones = torch.ones((), dtype=wide, device=key.device)
         count = buckets.sums(ones.expand(*key.shape[:3], 1))
         key, value = (
-            (buckets.sums(x) / count.clamp(min=1).to(dtype)).flatten(2, 3)
+            (buckets.sums(x.to(wide)) / count.clamp(min=1)).flatten(2, 3).to(dtype)
             for x in (tokens.key, tokens.value)
         )
         positions = None
@@ -187,8 +188,8 @@ class _Buckets(NamedTuple):
 
     def sums(self, x: Tensor) -> Tensor:
         """The sums of ``x`` (B, H, T, n) in each bucket, (B, H, chunks, size, n)."""
-        # half precision is added up wider by a product alone, which a GPU is made for as well
-        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        # a GPU is made for products, and a graph has no memory to add to
+        if x.device.type == "cpu" and not is_compiling():
             return self._added(x)
         chunks: Tensor = x.unflatten(2, tuple(self.bucket.shape[2:]))
         return self._members(x.dtype) @ chunks
@@ -208,7 +209,7 @@ class _Buckets(NamedTuple):
         seen = self.seen.to(dtype).expand(self.bucket.shape)
         # written where the ones stand: made of booleans it would take longer than all the rest
         members = seen.new_zeros(*seen.shape[:-1], self.size, seen.shape[-1])
-        return members.scatter_(-2, self.bucket.unsqueeze(-2), seen.unsqueeze(-2))
+        return members.scatter(-2, self.bucket.unsqueeze(-2), seen.unsqueeze(-2))
 
 
 SELECTIONS: dict[str, Callable[[SelectionInputs], Keys]] = {
@@ -244,12 +245,19 @@ def draw_projections(
 
     They are drawn from ``seed`` (None is seed 0): the global random state is left alone.
     """
-    generator = torch.Generator().manual_seed(0 if seed is None else seed)
-    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    # the same for all that torch.func maps over
+    with torch._C._DisableFuncTorch():
+        generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
 def _round_sizes(geometry: Geometry, rounds: int) -> list[int]:
     return [geometry.chunk] * (rounds - 1) + [geometry.chunk // geometry.sparsity_factor]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in: half precision is too coarse, and too short, for them."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _bucket(hashed: Tensor) -> Tensor:
@@ -266,11 +274,11 @@ def _pool(tokens: Keys, weights: Tensor, seen: Tensor) -> Keys:
 
     def pooled(x: Tensor) -> Tensor:
         # one pass over slices: a product of tiny matrices for each run is many times slower
-        factor = weights.shape[-1]
-        total = x[:, :, ::factor] * weights[..., :1]
+        factor, wide = weights.shape[-1], weights.dtype
+        total = x[:, :, ::factor].to(wide) * weights[..., :1]
         for i in range(1, factor):
-            total.addcmul_(x[:, :, i::factor], weights[..., i : i + 1])
-        return total
+            total.addcmul_(x[:, :, i::factor].to(wide), weights[..., i : i + 1])
+        return total.to(x.dtype)
 
     return Keys(pooled(tokens.key), pooled(tokens.value), seen.any(-1))
 

@@ -681,6 +681,51 @@ def test_all_padding_is_finite(
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_float16_has_room_for_sums_of_large_numbers(sparsity_type: str, backend: str) -> None:
+    """256 numbers of about 600 are more than float16 holds; full attention never adds them up."""
+    drawn = _inputs(1, 2, 1 + 1024, 16, dtype=torch.float32)
+    key, value = (600 + 6 * x for x in drawn[1:])
+    inputs = [x.to(torch.float16).requires_grad_() for x in (drawn.query, key, value)]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    outputs = []
+    for tensors in (inputs, exact):
+        out = lsg_attention(
+            *tensors,
+            block_size=256,
+            sparse_block_size=256,
+            sparsity_factor=64,
+            sparsity_type=sparsity_type,
+            num_global_tokens=1,
+            seed=0,
+            backend=backend,
+        )
+        assert out.isfinite().all()
+        outputs.append(out)
+    torch.testing.assert_close(outputs[0].float(), outputs[1], rtol=2e-2, atol=0)
+    for gradient in torch.autograd.grad(outputs[0].float().sum(), inputs):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [12, TOKENS], ids=["short", "long"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("sparsity_type", ["norm", "lsh", "bos_pooling"])
+def test_autocast_is_that_of_full_attention(
+    sparsity_type: str, backend: str, tokens: int, dtype: torch.dtype
+) -> None:
+    inputs = [x.requires_grad_() for x in _inputs(2, HEADS, tokens + 2, HEAD_DIM, dtype=dtype)]
+    how: dict[str, Any] = SETTINGS | {"sparsity_type": sparsity_type, "backend": backend}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = lsg_attention(*inputs, **how)
+        full = torch.nn.functional.scaled_dot_product_attention(*inputs)
+        gradients = torch.autograd.grad(out.float().sum(), inputs)
+    assert out.dtype == full.dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
+    assert all(x.dtype == dtype for x in gradients)
+    torch.testing.assert_close(out, lsg_attention(*(x.to(out.dtype) for x in inputs), **how))
+
+
 # --- (f) errors -----------------------------------------------------------------------------------
 
 BLOCK_SIZE = r"(?<!sparse_)block_size"

@@ -37,13 +37,10 @@ def test_pieces_are_all_blocks_of_all_heads_once(
     query = torch.empty(batch, heads, 4 * blocks, 2)
     done = torch.zeros(batch, heads, blocks)
     of_block = 12 * (2 * 2 + 4) * 4
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "CACHE_BYTES", most * of_block)
-        patch.setattr(torch, "get_num_threads", lambda: 1)
-        for piece in pieces(query, run, 12):
-            done[piece] += 1
-            # one more of each at most, to make them even
-            assert done[piece].shape[0] * done[piece].shape[1] <= max(2, 2 * most)
+    for piece in pieces(query, run, 12, most * of_block):
+        done[piece] += 1
+        # one more of each at most, to make them even
+        assert done[piece].shape[0] * done[piece].shape[1] <= max(2, 2 * most)
     assert bool((done == 1).all())
 
 

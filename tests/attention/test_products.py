@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lsg_patch.attention import lsg_attention
 from lsg_patch.attention.backends import pieces as work
@@ -167,3 +171,90 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient, *_) = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "CACHE_BYTES", 30_000)
+
+
+def check_gradient_of_values(
+    forward_threads: int, backward_threads: int, checkpointed: str = "no", elsewhere: bool = False
+) -> None:
+    """The output is linear in the values, so that their gradient gives it back."""
+    tensors = inputs(1 + 128)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return lsg_attention(*tensors, sparsity_type="stride", dropout_p=0.3, **SETTINGS)
+
+    torch.manual_seed(0)
+    with threads(forward_threads):
+        if checkpointed == "no":
+            out = attend(*tensors)
+        else:
+            out = checkpoint(attend, *tensors, use_reentrant=checkpointed == "reentrant")
+
+    def backward() -> float:
+        with threads(backward_threads):
+            out.sum().backward()
+        assert tensors[2].grad is not None
+        return float((tensors[2].grad * tensors[2]).sum())
+
+    if elsewhere:
+        with ThreadPoolExecutor(1) as pool:
+            given_back = pool.submit(backward).result()
+    else:
+        given_back = backward()
+    assert given_back == pytest.approx(out.sum().item(), abs=1e-9)
+
+
+@pytest.mark.usefixtures("small_caches")
+@pytest.mark.parametrize(("forward_threads", "backward_threads"), [(1, 2), (2, 1), (1, 4)])
+@pytest.mark.parametrize("checkpointed", ["no", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "in another thread"])
+def test_dropout_is_that_of_the_forward_on_any_threads(
+    forward_threads: int, backward_threads: int, checkpointed: str, elsewhere: bool
+) -> None:
+    check_gradient_of_values(forward_threads, backward_threads, checkpointed, elsewhere)
+
+
+def test_dropout_is_that_of_the_forward_whatever_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sizes of caches, determinism, the default dtype and autocast."""
+    tensors = inputs(1 + 128)
+    out = lsg_attention(*tensors, sparsity_type="stride", dropout_p=0.3, **SETTINGS)
+    monkeypatch.setattr(work, "CACHE_BYTES", 30_000)
+    torch.use_deterministic_algorithms(True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (gradient,) = torch.autograd.grad(out.sum(), tensors[2])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_dtype(torch.float32)
+    assert float((gradient * tensors[2]).sum()) == pytest.approx(out.sum().item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("num_global_tokens", [0, 1])
+def test_a_mask_that_is_changed_after_the_forward_is_of_no_effect(num_global_tokens: int) -> None:
+    mask, gradients = padding(30), []
+    settings = {**SETTINGS, "num_global_tokens": num_global_tokens}
+    for change in (False, True):
+        tensors = inputs(num_global_tokens + 30)
+        out = lsg_attention(*tensors, mask, sparsity_type="stride", **settings)
+        if change:
+            mask.logical_not_()
+        gradients.append(torch.autograd.grad(out.sum(), tensors))
+    for actual, expected in zip(*gradients, strict=True):
+        assert torch.equal(actual, expected)

@@ -15,6 +15,7 @@ from lsg_patch.attention.geometry import Run, Window
 # bytes of the keys, values and scores of a piece, for each thread: what its cache holds until used
 CACHE_BYTES = 4 << 20
 MOST_THREADS = 16  # whose caches are counted: what several threads share does not grow with them
+FIRST_THREADS = torch.get_num_threads()
 KEPT_BYTES = 64 << 20  # of one piece of memory, at most, that is kept for the next call
 KEPT_WORKSPACES = 4  # as many calls at a time find memory that was used before
 
@@ -54,14 +55,24 @@ class Piece(NamedTuple):
         return self.heads.stop - self.heads.start, self.blocks.stop - self.blocks.start
 
 
-def pieces(query: Tensor, run: Run, keys: int) -> Iterator[Piece]:
+def cache_bytes(with_dropout: bool = False) -> int:
+    """Of a piece: what the caches of the threads hold.
+
+    Dropout is drawn piece by piece, and is to be the same when a checkpoint runs again: then the
+    number of threads is that of this module's import, whatever it is by now.
+    """
+    threads = FIRST_THREADS if with_dropout else torch.get_num_threads()
+    return min(threads, MOST_THREADS) * CACHE_BYTES
+
+
+def pieces(query: Tensor, run: Run, keys: int, most_bytes: int) -> Iterator[Piece]:
     """The blocks of ``run`` of ``query`` (B, H, T, D), of ``keys`` keys each, in cache-sized pieces.
 
     All heads together, where they fit: of one token they are neighbours in memory.
     """
     batch, heads, _, width = query.shape
     of_block = keys * (2 * width + run.queries) * query.element_size()
-    most = max(1, min(torch.get_num_threads(), MOST_THREADS) * CACHE_BYTES // of_block)
+    most = max(1, most_bytes // of_block)
     for row in range(batch):
         for some_blocks in _shares(run.blocks, max(1, most // heads)):
             for some_heads in _shares(heads, most):

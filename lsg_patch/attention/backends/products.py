@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsg_patch.attention.backends.pieces import Piece, Workspace, pieces, workspace
+from lsg_patch.attention.backends.pieces import Piece, Workspace, cache_bytes, pieces, workspace
 from lsg_patch.attention.backends.windows import Windows, causal, runs
 from lsg_patch.attention.blocks import Blocks, memory_like
 from lsg_patch.attention.geometry import Geometry, Run, Window
@@ -32,32 +32,39 @@ def can_run(blocks: Blocks) -> bool:
 
 def block_attention(blocks: Blocks) -> Tensor:
     """LSG attention of the tokens' queries, behind the front: (B, H, g + T, D); differentiable once."""
-    seed = 0
+    draw = _Draw(cache_bytes(blocks.dropout_p > 0))
     if blocks.dropout_p:
         # by the global random state, so that checkpointing and a seed of the user repeat it
-        seed = int(torch.randint(2**62, (), dtype=torch.int64))
+        draw = draw._replace(seed=int(torch.randint(2**62, (), dtype=torch.int64)))
     if not blocks.needs_grad:
-        return _attend(blocks, seed)
+        return _attend(blocks, draw)
     sides = (blocks.global_keys, blocks.sparse, blocks.tokens)
     work = _Work(
         tuple(None if keys is None else keys.mask for keys in sides),
         blocks.geometry,
         blocks.scale,
         blocks.dropout_p,
-        seed,
+        draw,
     )
     tensors = [x for keys in sides for x in ((None, None) if keys is None else keys[:2])]
     out: Tensor = _BlockAttention.apply(work, blocks.query, blocks.front, *tensors)
     return out
 
 
-def _attend(blocks: Blocks, seed: int) -> Tensor:
+class _Draw(NamedTuple):
+    """What a forward decides for its backward as well: how it is cut, and what dropout drops there."""
+
+    most_bytes: int
+    seed: int = 0
+
+
+def _attend(blocks: Blocks, draw: _Draw) -> Tensor:
     query, front, before = blocks.query, blocks.front, blocks.num_front
     out = memory_like(query, before + query.shape[2])
     if front is not None:
         out[:, :, :before] = front
     answers = out[:, :, before:]
-    for step in _steps(blocks, seed):
+    for step in _steps(blocks, draw):
         weights = step.weights()
         if step.kept is not None:
             weights.mul_(step.kept)
@@ -78,7 +85,7 @@ class _Work(NamedTuple):
     geometry: Geometry
     scale: float
     dropout_p: float
-    seed: int
+    draw: _Draw
 
     def blocks(
         self, query: Tensor, sides: tuple[Tensor | None, ...], front: Tensor | None = None
@@ -106,7 +113,7 @@ class _BlockAttention(torch.autograd.Function):
         ctx: Any, work: _Work, query: Tensor, front: Tensor | None, *sides: Tensor | None
     ) -> Tensor:
         blocks = work.blocks(query, sides, front)
-        out = _attend(blocks, work.seed)
+        out = _attend(blocks, work.draw)
         ctx.work, ctx.before = work, blocks.num_front
         ctx.save_for_backward(query, out, *sides)
         return out
@@ -119,7 +126,7 @@ class _BlockAttention(torch.autograd.Function):
         out, given = out[:, :, before:], grad[:, :, before:]
         grads = [None if x is None else torch.zeros_like(x) for x in sides]
         of_query = memory_like(query, query.shape[2])
-        for step in _steps(work.blocks(query, sides), work.seed):
+        for step in _steps(work.blocks(query, sides), work.draw):
             weights = step.weights()
             of_out = step.of(given).reshape(step.query.shape)
             mean = (of_out * step.of(out).reshape(of_out.shape)).sum(-1, keepdim=True)
@@ -203,15 +210,15 @@ class _Step(NamedTuple):
         return [x.flatten(0, 1) for x in parts if x.shape[2]]
 
 
-def _steps(blocks: Blocks, seed: int) -> Iterator[_Step]:
+def _steps(blocks: Blocks, draw: _Draw) -> Iterator[_Step]:
     """All pieces, in the same order forward and backward: dropout is drawn piece by piece."""
     query = blocks.query
-    dropout = _Dropout(blocks.dropout_p, seed)
+    dropout = _Dropout(blocks.dropout_p, draw.seed)
     with workspace() as memory:
         for run, seen, mask in runs(blocks):
             before = causal(run, seen.size, query) if blocks.geometry.is_causal else None
             asking, keys = run.of(query), _whole_lines(seen.size, query)
-            for piece in pieces(query, run, keys):
+            for piece in pieces(query, run, keys, draw.most_bytes):
                 some, kept = asking[piece].flatten(0, 1), None
                 if dropout.rate:
                     kept = memory.of("kept", some, *some.shape[:2], keys)

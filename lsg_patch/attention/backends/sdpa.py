@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsg_patch.attention.backends import products
-from lsg_patch.attention.backends.pieces import pieces, workspace
+from lsg_patch.attention.backends.pieces import cache_bytes, pieces, workspace
 from lsg_patch.attention.backends.windows import causal, padding, places, runs, unfolded
 from lsg_patch.attention.bias import BlockBias
 from lsg_patch.attention.blocks import Blocks, memory_like
@@ -63,7 +63,7 @@ def _in_pieces(blocks: Blocks) -> Tensor:
             at, rows = places(blocks, run)
             asking, answers = run.of(query), run.of(out[:, :, front:])
             before = causal(run, seen.size, query) if geometry.is_causal else None
-            for piece in pieces(query, run, seen.size):
+            for piece in pieces(query, run, seen.size, cache_bytes()):
                 added = None if mask is None else piece.of(mask)
                 if rows is not None:
                     of_heads = BlockBias(rows.rows[piece.heads])
