@@ -11,6 +11,11 @@ def is_exporting() -> bool:
     return bool(torch._C._get_tracing_state() or (exporting and exporting()))
 
 
+def is_traced_to_onnx() -> bool:
+    """Whether it is the ONNX exporter by a trace (dynamo=False), which fixes sizes after the trace."""
+    return bool(torch._C._get_tracing_state() and torch.onnx.is_in_onnx_export())
+
+
 def is_compiling() -> bool:
     """Whether torch.compile, torch.export, torch.jit.trace, a CUDA graph or a transform of torch.func
     is following this call: then no value can be looked at, and memory is not to be written to.

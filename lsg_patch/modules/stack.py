@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lsg_patch import compat
 from lsg_patch.attention import RelativeBias
-from lsg_patch.attention.compiling import is_compiling
+from lsg_patch.attention.compiling import is_compiling, is_traced_to_onnx
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
@@ -105,6 +105,12 @@ class EnterModel:
             warnings.warn(
                 "output_attentions: a model patched by lsg_patch computes no (T, T) attention maps; "
                 "attentions are None",
+                stacklevel=1,
+            )
+        if is_traced_to_onnx():
+            warnings.warn(
+                "torch.onnx.export(dynamo=False) fixes the batch size and the number of blocks to those of "
+                "its example: pass dynamo=True, which gives one program for all sizes",
                 stacklevel=1,
             )
         given: Tensor | None = self.ids.get(args, kwargs)

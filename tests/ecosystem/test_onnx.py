@@ -33,3 +33,16 @@ def test_onnxruntime_gives_the_same(selection: str, tmp_path: Path) -> None:
         return torch.from_numpy(session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})[0])
 
     check(run, model, masked=True)
+
+
+def test_the_exporter_by_a_trace_is_told_of(tmp_path: Path) -> None:
+    """It takes the example's sizes for those of all inputs, and onnxruntime then refuses others."""
+    model, path = encoder(), str(tmp_path / "model.onnx")
+    ids, mask = example_of(31, True)
+    with pytest.warns(UserWarning, match="pass dynamo=True"):
+        torch.onnx.export(
+            model, (ids, mask), path, dynamo=False, input_names=["ids", "mask"], opset_version=17
+        )
+    session = onnxruntime.InferenceSession(path)
+    [found] = session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(ids, mask), rtol=0, atol=1e-4)
