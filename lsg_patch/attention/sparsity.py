@@ -76,9 +76,8 @@ def _longest(norm: Tensor, kept: int, in_order: bool) -> Tensor:
 
     ``in_order``: the greatest last; else in any order, which takes a fraction of the time.
     """
-    if (
-        is_exporting()
-    ):  # ONNX knows neither the bits nor a stable sort, and its top-k takes the earlier
+    # ONNX knows neither the bits nor a stable sort; its top-k takes the earlier ones
+    if is_exporting():
         return norm.topk(kept, dim=-1).indices.flip(-1)
     # other devices may not rank such integers
     by_bits = norm.device.type in ("cpu", "cuda")

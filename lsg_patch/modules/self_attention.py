@@ -68,9 +68,8 @@ class LSGSelfAttention(Swapped):
         )
         choose_by = None
         if lsg.rotary is not None and layout.rotation is not None:
-            choose_by = (
-                key  # a turned key's length and direction follow from its place, and rounding
-            )
+            # a turned key's length and direction follow from its place, and rounding
+            choose_by = key
             query = rotate(query, layout.rotation, lsg.rotary.interleaved)
             key = rotate(key, layout.rotation, lsg.rotary.interleaved)
             if lsg.rotary.turns_values(self):
