@@ -165,7 +165,7 @@ def load(
     if place != source.path:
         model.config.name_or_path = model.name_or_path = source.path
     whole = named or [type(model).__name__] == stated.get("architectures")
-    check_loaded(source.path, model, info, whole and request is not None, resized)
+    check_loaded(source.path, model, info, stored, whole and request is not None, resized)
     return model, info
 
 

@@ -91,7 +91,12 @@ def check_stored(stored: Mapping[str, Stored], quantized: bool) -> None:
 
 
 def check_loaded(
-    path: str, model: nn.Module, info: Mapping[str, Any], whole: bool, resized: bool
+    path: str,
+    model: nn.Module,
+    info: Mapping[str, Any],
+    stored: Mapping[str, Stored],
+    whole: bool,
+    resized: bool,
 ) -> None:
     """Every weight of ``model`` came from the checkpoint, and every one there has a place in it.
 
@@ -104,6 +109,11 @@ def check_loaded(
         ValueError: it names the weights.
     """
     missing = set(info["missing_keys"])
+    family = family_of(getattr(model, "base_model", model))
+    # 4.x says nothing of a table of words that only a head has, and makes a new one
+    words = f"{family.embeddings}.{family.words}.weight" if family else ""
+    if not any(name.endswith((words, "shared.weight")) for name in stored):
+        raise ValueError(f"{path!r} lacks {words}: {_MEND}")
     found = {
         "lacks": missing,
         "has no place in the model for": set(info["unexpected_keys"]),

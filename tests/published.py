@@ -37,11 +37,14 @@ def write(model: Any, folder: Path, kind: str = "model.safetensors", **changed: 
     folder.mkdir(exist_ok=True)
     settings = lsg_patch.get_config(model)
     tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    once: dict[int, str] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) in seen and kind.endswith(".safetensors"):
-            continue  # such a file has what is tied once
-        seen.add(id(value))
+        # what is tied is in such a file once, by the name that is no head's
+        if id(value) not in once or "shared" in name or "embeddings" in name:
+            once[id(value)] = name
+    for name, value in model.state_dict(keep_vars=True).items():
+        if once[id(value)] != name and kind.endswith(".safetensors"):
+            continue
         rows = value.detach().clone()
         if name.endswith("global_embeddings.weight"):
             rows = torch.cat([rows, torch.full((ROWS - len(rows), rows.shape[1]), 9.0)])

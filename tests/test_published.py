@@ -256,6 +256,15 @@ class TestOneCheckpoint:
             for name, value in expected.state_dict().items():
                 assert torch.equal(model.state_dict()[name], value), name
 
+    def test_words_that_only_a_head_has(self, saved: Path) -> None:
+        """4.x would read them, and tie the head to a new table."""
+        tensors = load_file(saved / "model.safetensors")
+        words = tensors.pop("bert.embeddings.word_embeddings.weight")
+        tensors["cls.predictions.decoder.weight"] = words
+        save_file(tensors, saved / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=r"lacks .*embeddings.word_embeddings.weight"):
+            lsg_patch.from_pretrained(saved)
+
     def test_sharded(self, saved: Path) -> None:
         """Files and an index of them; as the hub has large ones."""
         tensors = load_file(saved / "model.safetensors")
