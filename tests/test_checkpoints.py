@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
+import os
 import pickle
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -514,6 +517,22 @@ def test_below_another_wrapper_it_is_switched_off(saved: Path) -> None:
         transformers.PreTrainedModel.from_pretrained = before
 
 
+def in_its_own_process(test: Callable[..., None]) -> Callable[..., None]:
+    """Two loads at a time leave functions of transformers 5 replaced, which other tests must not meet."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if os.environ.get("LSG_PATCH_OWN_PROCESS") == test.__name__:
+            return test(*args, **kwargs)
+        environment = {**os.environ, "LSG_PATCH_OWN_PROCESS": test.__name__}
+        command = ["-m", "pytest", "-q", "-p", "no:xdist", f"{__file__}::{test.__name__}"]
+        subprocess.run([sys.executable, *command], check=True, env=environment)
+        return None
+
+    return run
+
+
+@in_its_own_process
 def test_several_threads(saved: Path) -> None:
     """Loads of ours wait for each other: several at once break transformers 5 for all later ones."""
     before, tie = own(), vars(transformers.PreTrainedModel)["tie_weights"]
@@ -532,6 +551,7 @@ def test_several_threads(saved: Path) -> None:
     assert "_keys_to_ignore_on_load_unexpected" not in vars(transformers.BertModel)
 
 
+@in_its_own_process
 def test_loads_of_other_threads_are_their_own(saved: Path) -> None:
     """While one thread is inside of our from_pretrained, another's loads an ordinary model."""
     inside, done, found = threading.Event(), threading.Event(), []
