@@ -76,9 +76,11 @@ def _longest(norm: Tensor, kept: int, in_order: bool) -> Tensor:
 
     ``in_order``: the greatest last; else in any order, which takes a fraction of the time.
     """
-    # ONNX knows neither the bits nor a stable sort; its top-k takes the earlier ones
-    if is_exporting():
-        return norm.topk(kept, dim=-1).indices.flip(-1)
+    if is_exporting():  # ONNX knows neither bits nor a stable sort: how many come before each
+        own, other = norm.unsqueeze(-1), norm.unsqueeze(-2)
+        earlier = torch.ones(norm.shape[-1:] * 2, dtype=torch.bool, device=norm.device).tril(-1)
+        before = ((other > own) | ((other == own) & earlier)).sum(-1)
+        return before.topk(kept, dim=-1, largest=False).indices.flip(-1)
     # other devices may not rank such integers
     by_bits = norm.device.type in ("cpu", "cuda")
     if norm.dtype != torch.float32 or not by_bits:
