@@ -145,7 +145,7 @@ class TestPipelines:
         (message,) = records(caplog, logging.WARNING)
         assert "max_length=30 of FillMaskPipeline" in message
 
-    @pytest.mark.skipif(
+    @pytest.mark.skipif(  # not every transformers has this pipeline
         not hasattr(transformers, "QuestionAnsweringPipeline"),
         reason="this transformers has no pipeline for question answering (5.x)",
     )
