@@ -66,5 +66,7 @@ def test_the_table_of_families_is_that_of_the_registry() -> None:
 def test_every_public_name_is_in_the_api() -> None:
     import lsg_patch
 
-    listed = re.findall(r"^::: lsg_patch\.(\w+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE)
+    listed = re.findall(
+        r"^::: lsg_patch\.(\w+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE
+    )
     assert sorted(listed) == sorted(lsg_patch.__all__)
