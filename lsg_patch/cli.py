@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,17 +83,8 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _demo(args: argparse.Namespace) -> int:
     from lsg_patch import demo
 
-    return demo.run(
-        demo.DemoOptions(
-            model=args.model,
-            files=tuple(args.files),
-            documents=args.documents,
-            max_length=args.max_length,
-            block_size=args.block_size,
-            sparsity_type=args.sparsity_type,
-            json=args.json,
-        )
-    )
+    given = {field.name: getattr(args, field.name) for field in fields(demo.DemoOptions)}
+    return demo.run(demo.DemoOptions(**{**given, "files": tuple(args.files)}))
 
 
 def _families_arguments(parser: argparse.ArgumentParser) -> None:
