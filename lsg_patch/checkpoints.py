@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import Family, family_of
 from lsg_patch.inspection import Stored, check_config, check_loaded, check_stored
-from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_loaded
+from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_with
+from lsg_patch.plan import SavedGlobals
 from lsg_patch.published import as_ours, is_published
 from lsg_patch.weights import OF_SOURCE, Source
 
@@ -137,14 +138,23 @@ def load(
     named = cls is None
     cls = named_class(stated.get("architectures")) if named else cls
     config_class = _config_class(stated, cls)
-    check_config(stated, _default(config_class), stored)
+    defaults: dict[str, Any] = {}
+    with suppress(Exception):  # what is composed of others has no default
+        defaults = vars(config_class())
+    check_config(stated, defaults, stored)
     if as_stated:
-        given["config"] = _config_of(stated, config_class, given)
+        of_load = {name: given[name] for name in _OF_THE_LOAD if name in given}
+        of_config = {name: x for name, x in given.items() if name not in (*_OF_THE_LOAD, "config")}
+        config, rest = config_class.from_dict(dict(stated), return_unused_kwargs=True, **of_config)
+        given = {**rest, **of_load, "config": config}
     resized = given.pop("ignore_mismatched_sizes", False)
+    of_prefix = (
+        cls if hasattr(cls, "base_model_prefix") else transformers.MODEL_MAPPING[config_class]
+    )
     asked = _request.set(request)
     _switch.set(loads=1)
     try:
-        with source.for_this_release(stored, _prefix(cls, config_class)) as place:
+        with source.for_this_release(stored, of_prefix.base_model_prefix) as place:
             if place != source.path:
                 given = {name: x for name, x in given.items() if name not in OF_SOURCE}
             # what is of another shape is refused below, with its name
@@ -183,29 +193,6 @@ def _config_class(stated: Mapping[str, Any], cls: Any) -> Any:
     return found
 
 
-def _prefix(cls: Any, config_class: Any) -> str:
-    """Of the names of a base model's weights in a model with a head."""
-    known = hasattr(cls, "base_model_prefix")
-    prefix: str = (cls if known else transformers.MODEL_MAPPING[config_class]).base_model_prefix
-    return prefix
-
-
-def _default(config_class: Any) -> Any:
-    try:
-        return config_class()
-    except Exception:  # what is composed of others has no default
-        return SimpleNamespace()
-
-
-def _config_of(stated: Mapping[str, Any], config_class: Any, kwargs: dict[str, Any]) -> Any:
-    """A config object; those of ``kwargs`` that are attributes of it go into it, as transformers does."""
-    config = config_class.from_dict(dict(stated))
-    kwargs.pop("config", None)
-    for name in [name for name in kwargs if hasattr(config, name) and name not in _OF_THE_LOAD]:
-        setattr(config, name, kwargs.pop(name))
-    return config
-
-
 def _saved_patches(config: Any) -> Iterator[Any]:
     """What a config as JSON says under ``KEY``, itself and what it is composed of."""
     for name, value in config.items():
@@ -233,12 +220,7 @@ def named_class(names: Any) -> Any:
 
 
 def _is_global(name: str) -> bool:
-    return name == ROWS or name.endswith(f".{ROWS}")
-
-
-def _model_of(loaded: Any) -> Any:
-    """With ``output_loading_info`` a model comes with what is to be said of it."""
-    return loaded[0] if isinstance(loaded, tuple) else loaded
+    return re.search(PATTERN, name) is not None
 
 
 def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -248,35 +230,29 @@ def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return wrapped(*args, **kwargs)
     with _one_at_a_time, compat.expecting(cls, PATTERN):
         loaded = wrapped(*args, **kwargs)
-    model = _model_of(loaded)
-    if _states_patch(model.config):
-        path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        _patch_as_saved(model, path, kwargs, request)
+    # with output_loading_info a model comes with what is to be said of it
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    _patch_as_saved(model, path, kwargs, request)
     return loaded
 
 
-def _states_patch(config: Any) -> bool:
-    """Whether it does, or one of the configs that it is composed of."""
-    parts = (config, *vars(config).values())
-    return any(KEY in getattr(part, "__dict__", ()) for part in parts)
-
-
 def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Request) -> None:
+    """Patch what in ``model`` was saved patched; ``path`` and ``given`` are those of its load."""
     rows = request.rows
     for name, base in list(model.named_modules()):
         values = getattr(vars(base).get("config"), "__dict__", {}).get(KEY)
-        family = family_of(base) if values is not None else None
-        if family is None:
+        family = None if values is None else family_of(base)
+        if family is None or is_patched(base):
             continue
-        saved = SavedPatch.from_dict(values, **request.settings)
         rows = _read(model, path, given) if rows is None else rows
-        patch_loaded(
+        own = _rows_of(rows, name, family, SavedPatch.from_dict(values).config)
+        saved = SavedPatch.from_dict(values, **request.settings)
+        patch_with(
             model if model.config is base.config else base,
             saved.config,
-            global_rows=_rows_of(rows, name, family, SavedPatch.from_dict(values).config),
-            global_reach=saved.global_reach,
-            bos_id=saved.bos_id,
-            tokenizer=request.tokenizer,
+            request.tokenizer,
+            SavedGlobals(own, saved.global_reach, saved.bos_id),
         )
 
 
@@ -322,11 +298,12 @@ class _Switch:
     ``auto_patching``, or for our own loads, of which others' loads at the time know nothing.
     """
 
+    for_process = False
+    blocks = loads = 0
+    installed: Any = None
+
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.for_process = False
-        self.blocks = self.loads = 0
-        self.installed: Any = None
 
     def is_on(self) -> bool:
         return self.for_process or self.blocks > 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -34,9 +33,11 @@ class Stored(NamedTuple):
     dtype: str
 
 
-def check_config(stated: Mapping[str, Any], default: Any, stored: Mapping[str, Stored]) -> None:
-    """What ``config.json`` says is of the types that ``default``, a config of its class, has, and no
-    size makes a weight larger than all weights that are ``stored``.
+def check_config(
+    stated: Mapping[str, Any], defaults: Mapping[str, Any], stored: Mapping[str, Stored]
+) -> None:
+    """What ``config.json`` says is of the types that the ``defaults`` of its class have, and no size
+    makes a weight larger than all weights that are ``stored``.
 
     Raises:
         ValueError: it names the key, its value and the mend.
@@ -45,13 +46,13 @@ def check_config(stated: Mapping[str, Any], default: Any, stored: Mapping[str, S
     total = sum(math.prod(weight.shape) for weight in stored.values())
     for name, value in stated.items():
         where = f"config.json has {name}={_short(value)}"
-        kinds = _kinds(name, vars(default).get(name))
+        kinds = _kinds(name, defaults.get(name))
         if kinds and value is not None and type(value) not in kinds:
             raise ValueError(f"{where}, which must be of type {kinds[0].__name__}: {_MEND}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where}, which must be finite: {_MEND}")
         if isinstance(value, dict) and "model_type" in value:
-            check_config(value, SimpleNamespace(), stored)
+            check_config(value, {}, stored)
         size, count = _SIZES.search(name), _COUNTS.search(name)
         if not (size or count) or not isinstance(value, (int, float)) or value is True:
             continue

@@ -28,7 +28,8 @@ class Change(ABC):
         return None
 
     @abstractmethod
-    def undo(self) -> None: ...
+    def undo(self) -> None:
+        """Take it back."""
 
 
 @dataclass
