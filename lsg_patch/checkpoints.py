@@ -36,13 +36,10 @@ PATTERN = rf"(^|\.){GLOBAL_EMBEDDINGS}\.weight$"
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a checkpoint: other settings than the saved ones, and its global tokens by
-    their names, where they were read already.
-    """
+    """What is wanted of a checkpoint: other settings than the saved ones, and as in ``patch_model``."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
-    rows: dict[str, Tensor] | None = None
 
 
 # transformers 5 replaces functions of its own while it loads: two at once leave them replaced
@@ -65,10 +62,9 @@ def from_pretrained(
         cls: a class of transformers or one derived from it, or an Auto class. None: the one that was
             saved (``config.architectures``).
         tokenizer: as in ``patch_model``.
-        kwargs: settings, by their names in ``LSGConfig``, win over those that were saved. Of more
-            global tokens than were saved the rest is new, of fewer the first ones are taken; another
-            ``max_position_embeddings`` resizes as ``patch_model`` does. All others go to
-            ``cls.from_pretrained``: torch_dtype, device_map, subfolder, revision, ...
+        kwargs: settings of ``LSGConfig`` win over those that were saved: more global tokens are new
+            ones, fewer are the first ones, and another ``max_position_embeddings`` resizes as
+            ``patch_model`` does. All others go to ``cls.from_pretrained``.
 
     Returns:
         The model, or what else ``cls.from_pretrained`` gives (``output_loading_info``).
@@ -83,10 +79,8 @@ def from_pretrained(
         raise ValueError(
             "trust_remote_code=True: no code of a checkpoint is run here; leave it out"
         )
-    names = [setting.name for setting in fields(LSGConfig) if setting.name in kwargs]
-    settings = {name: kwargs.pop(name) for name in names}
-    source = Source.of(path, kwargs)
-    given: Any = kwargs.get("config")
+    settings = {x.name: kwargs.pop(x.name) for x in fields(LSGConfig) if x.name in kwargs}
+    source, given = Source.of(path, kwargs), kwargs.get("config")
     stated = given.to_dict() if hasattr(given, "to_dict") else source.config()
     published = is_published(stated)
     if published:
@@ -101,8 +95,7 @@ def from_pretrained(
         SavedPatch.from_dict(values, **settings)
     stored = source.stored()
     check_stored(stored, quantized="quantization_config" in stated)
-    told = kwargs.pop(_INFO, False)
-    request = Request(settings, tokenizer, source.read(_is_global))
+    told, request = kwargs.pop(_INFO, False), Request(settings, tokenizer)
     model, info = load(source, stated, stored, cls, kwargs, request, as_stated=published)
     if not patches:
         logger.warning("%s is a decoder alone: there is nothing to patch", type(model).__name__)
@@ -239,7 +232,7 @@ def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Request) -> None:
     """Patch what in ``model`` was saved patched; ``path`` and ``given`` are those of its load."""
-    rows = request.rows
+    rows: dict[str, Tensor] | None = None
     for name, base in list(model.named_modules()):
         values = getattr(vars(base).get("config"), "__dict__", {}).get(KEY)
         family = None if values is None else family_of(base)
@@ -257,15 +250,12 @@ def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Reque
 
 
 def _read(model: Any, path: Any, given: dict[str, Any]) -> dict[str, Tensor]:
-    """Global tokens of the checkpoint that ``model`` was loaded from."""
+    """Global tokens of the checkpoint that ``model`` was loaded from, by their names."""
     if given.get("state_dict") is not None:
         return {name: value for name, value in given["state_dict"].items() if _is_global(name)}
-    found: dict[str, Tensor] = {}
     # an adapter's folder has none, its base has
-    for place in (path, model.name_or_path):
-        if place and not found:
-            found = Source.of(place, given).read(_is_global)
-    return found
+    places = (place for place in (path, model.name_or_path) if place)
+    return next(filter(None, (Source.of(x, given).read(_is_global) for x in places)), {})
 
 
 def _rows_of(rows: dict[str, Tensor], base: str, family: Family, saved: LSGConfig) -> Tensor | None:
@@ -274,8 +264,7 @@ def _rows_of(rows: dict[str, Tensor], base: str, family: Family, saved: LSGConfi
         return None
     place = f"{family.embeddings}.{ROWS}"
     exact = f"{base}.{place}" if base else place
-    fitting = [name for name in rows if name == place or name.endswith(f".{place}")]
-    fitting = [exact] if exact in rows else fitting
+    fitting = [exact] if exact in rows else [x for x in rows if f".{x}".endswith(f".{place}")]
     if len(fitting) != 1:
         raise ValueError(
             f"the checkpoint has {len(fitting)} weights *.{place}, one is needed: a model that was saved "

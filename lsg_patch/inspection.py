@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -109,21 +109,24 @@ def check_loaded(
     Raises:
         ValueError: it names the weights.
     """
-    missing = set(info["missing_keys"])
     family = family_of(getattr(model, "base_model", model))
     # 4.x says nothing of a table of words that only a head has, and makes a new one
     words = f"{family.embeddings}.{family.words}.weight" if family else ""
     if not any(name.endswith((words, "shared.weight")) for name in stored):
         raise ValueError(f"{path!r} lacks {words}: {_MEND}")
-    found = {
+    missing = set(info["missing_keys"])
+    shared: dict[int, set[str]] = {}
+    for name, parameter in model.state_dict(keep_vars=True).items() if missing else ():
+        shared.setdefault(id(parameter), set()).add(name)
+    for names in shared.values():
+        if not names <= missing:
+            missing -= names  # tied to a weight that was read
+    found: dict[str, Iterable[str]] = {
         "lacks": missing,
-        "has no place in the model for": set(info["unexpected_keys"]),
-        "has of another shape": set()
-        if resized
-        else {_named(item) for item in info["mismatched_keys"]},
+        "has no place in the model for": info["unexpected_keys"],
+        "has of another shape": [] if resized else map(_named, info["mismatched_keys"]),
     }
-    if not any(found.values()):
-        return
+    # without its head, the model's part that is patched alone
     parts = [
         f"{name}.{part}." if name else f"{part}."
         for name, module in model.named_modules()
@@ -131,24 +134,19 @@ def check_loaded(
         for part in (family.embeddings, family.stack, family.decoder)
         if part
     ]
-    shared: dict[int, set[str]] = {}
-    for name, parameter in model.state_dict(keep_vars=True).items():
-        shared.setdefault(id(parameter), set()).add(name)
-    # what is tied to a weight that was read
-    missing -= {name for names in shared.values() if not names <= missing for name in names}
-    for what, names in found.items():
-        wrong = sorted(name for name in names if _counts(name, parts, whole))
+    for what, named in found.items():
+        wrong = sorted(
+            name
+            for name in named
+            if not _INDICES.search(name)
+            and not name.endswith("global_embeddings.weight")
+            and (whole or any(f".{part}" in f".{name}" for part in parts))
+        )
         if wrong:
             raise ValueError(
                 f"{path!r} {what} {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}: config.json and "
                 f"weights of {type(model).__name__} do not fit; {_MEND}"
             )
-
-
-def _counts(name: str, parts: Collection[str], whole: bool) -> bool:
-    if _INDICES.search(name) or name.endswith("global_embeddings.weight"):
-        return False
-    return whole or any(f".{part}" in f".{name}" for part in parts)
 
 
 def _named(item: Any) -> str:

@@ -95,15 +95,12 @@ def patch_model(
 
     The model stays what it is: its class, its heads, its parameters (only the position table is a
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
-    In an encoder-decoder the encoder's self-attention is patched; the decoder's and the cross
-    attention stay full, and only the decoder's position table grows as the encoder's does.
-    A decoder (``config.is_decoder``) attends block by block to what stands before each token. It
-    keeps keys and values as the unpatched one does; a step that is given a cache sees all of it.
-    Cross attention stays as it is.
-    ``position_ids`` that are given are taken as they are: an input that has them may be longer than
-    ``max_position_embeddings``. Hooks of yours on modules inside the layer stack see its rows,
-    [global tokens | tokens | padding to whole blocks], not those of the input; of a batch that is run
-    unpadded (``unpad``) those of all sequences one after the other, as a batch of one.
+    In an encoder-decoder the encoder's self-attention is patched, and the decoder's position table
+    grows as the encoder's does. A decoder (``config.is_decoder``) attends block by block to what
+    stands before each token; a step that is given a cache sees all of it. Cross attention stays.
+    ``position_ids`` that are given are taken as they are, also beyond ``max_position_embeddings``.
+    Hooks of yours inside the layer stack see its rows, [global tokens | tokens | padding to whole
+    blocks]; of a batch that is run unpadded those of all sequences in one.
 
     Args:
         model: a model of a supported family, with or without a head, or a module that holds one
@@ -120,9 +117,7 @@ def patch_model(
         ``model`` itself.
 
     Raises:
-        ValueError: a setting is wrong, two do not fit, the model is patched already, is told to be a
-            decoder and is none, has relative positions, cannot be run unpadded, has an adapter that
-            was to train global tokens, or a token id is not to be found.
+        ValueError: a setting is wrong, two do not fit, or the model cannot be patched as it is.
         TypeError: ``model`` is not of a supported family.
 
     A patch that fails leaves the model as it was.
