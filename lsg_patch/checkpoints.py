@@ -20,7 +20,7 @@ from torch import Tensor
 from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import Family, family_of
-from lsg_patch.inspection import Stored, check_config, check_loaded, check_stored
+from lsg_patch.inspection import check_config, check_loaded, check_stored
 from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_with
 from lsg_patch.plan import SavedGlobals
 from lsg_patch.published import as_ours, is_published
@@ -80,7 +80,8 @@ def from_pretrained(
             "trust_remote_code=True: no code of a checkpoint is run here; leave it out"
         )
     settings = {x.name: kwargs.pop(x.name) for x in fields(LSGConfig) if x.name in kwargs}
-    source, given = Source.of(path, kwargs), kwargs.get("config")
+    source = Source.of(path, kwargs)
+    given: Any = kwargs.get("config")
     stated = given.to_dict() if hasattr(given, "to_dict") else source.config()
     published = is_published(stated)
     if published:
@@ -93,10 +94,8 @@ def from_pretrained(
         )
     for values in patches:
         SavedPatch.from_dict(values, **settings)
-    stored = source.stored()
-    check_stored(stored, quantized="quantization_config" in stated)
-    told, request = kwargs.pop(_INFO, False), Request(settings, tokenizer)
-    model, info = load(source, stated, stored, cls, kwargs, request, as_stated=published)
+    told = kwargs.pop(_INFO, False)
+    model, info = load(source, stated, cls, kwargs, Request(settings, tokenizer), published)
     if not patches:
         logger.warning("%s is a decoder alone: there is nothing to patch", type(model).__name__)
     elif not is_patched(model):
@@ -109,7 +108,6 @@ def from_pretrained(
 def load(
     source: Source,
     stated: dict[str, Any],
-    stored: Mapping[str, Stored],
     cls: Any,
     given: dict[str, Any],
     request: Request | None = None,
@@ -119,7 +117,6 @@ def load(
 
     Args:
         stated: what its config says; ``as_stated``: in place of what is in its folder.
-        stored: its weights.
         cls: None: the class that ``stated`` names.
         given: keywords of ``from_pretrained``.
         request: what is wanted of a patched one. None: it is not patched, and weights of heads may be
@@ -128,6 +125,8 @@ def load(
     Raises:
         ValueError: something does not fit.
     """
+    stored = source.stored()
+    check_stored(stored, quantized="quantization_config" in stated)
     named = cls is None
     cls = named_class(stated.get("architectures")) if named else cls
     config_class = _config_class(stated, cls)
@@ -141,13 +140,12 @@ def load(
         config, rest = config_class.from_dict(dict(stated), return_unused_kwargs=True, **of_config)
         given = {**rest, **of_load, "config": config}
     resized = given.pop("ignore_mismatched_sizes", False)
-    of_prefix = (
-        cls if hasattr(cls, "base_model_prefix") else transformers.MODEL_MAPPING[config_class]
-    )
+    is_auto = not hasattr(cls, "base_model_prefix")
+    prefix = (transformers.MODEL_MAPPING[config_class] if is_auto else cls).base_model_prefix
     asked = _request.set(request)
     _switch.set(loads=1)
     try:
-        with source.for_this_release(stored, of_prefix.base_model_prefix) as place:
+        with source.for_this_release(stored, prefix) as place:
             if place != source.path:
                 given = {name: x for name, x in given.items() if name not in OF_SOURCE}
             # what is of another shape is refused below, with its name

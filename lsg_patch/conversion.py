@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from lsg_patch.checkpoints import from_pretrained, load, named_class
 from lsg_patch.config import KEY, LSGConfig
 from lsg_patch.families import find_base
-from lsg_patch.inspection import check_stored
 from lsg_patch.patching import (
     get_config,
     global_embeddings,
@@ -89,32 +89,36 @@ def convert(
         raise ValueError(
             f"out={folder!r} exists and is not empty: name another folder, or empty it"
         )
-    stated = found.config()
+    said = found.config()
     cls = None if architecture is None else named_class([architecture.removeprefix(PREFIX)])
     tokenizer, why = tokenizer_at(found.path)
-    if is_published(stated) or KEY in stated:
+    if is_published(said) or KEY in said:
         model = from_pretrained(found.path, cls)
     else:
         options = {"resize_lsg": resize_lsg, "keep_first_global_token": keep_first_global_token}
         for name, given in options.items():
             if given:
                 raise ValueError(f"{name}=True, but {found.path!r} is not patched: leave it out")
-        stored = found.stored()
-        check_stored(stored, quantized="quantization_config" in stated)
-        model, _ = load(found, stated, stored, cls, {})
+        model, _ = load(found, said, cls, {})
     model = model.float().eval()
     was = get_config(model) if is_patched(model) else None
+    if max_length is not None:
+        settings = {"max_position_embeddings": max_length, **settings}
     if was is None:
-        settings = {"max_position_embeddings": max_length or LENGTH, "seed": SEED, **settings}
-        config, kept = LSGConfig(**settings), False
+        defaults = {"max_position_embeddings": LENGTH, "seed": SEED}
+        config, kept = LSGConfig(**{**defaults, **settings}), False
     else:
-        length = max_length or was.max_position_embeddings
-        config = replace(was, **{"max_position_embeddings": length, **settings})
+        config = replace(was, **settings)
         new_rows = keep_first_global_token or any(name in settings for name in _OF_ROWS)
         longer = config.max_position_embeddings != was.max_position_embeddings
         kept = resize_lsg or not (new_rows or longer)
     base, family = find_base(model)
-    short = _short(base.config, tokenizer, config)
+    stated: Any = base.config
+    table: Any = SimpleNamespace(padding_idx=stated.pad_token_id or 0)
+    offset = family.position_offset(table) if family.config_counts_offset else 0
+    # of up to two blocks, and no more than the source can read
+    reach = min(stated.max_position_embeddings - offset, config.max_position_embeddings, 128)
+    short = _ids(stated, tokenizer, min(2 * config.block_size, reach))
     before = _outputs(base, short) if test else None
     if kept:
         changed = {name: value for name, value in vars(config).items() if value != vars(was)[name]}
@@ -152,13 +156,6 @@ def convert(
         same = kept and all(vars(was)[name] == vars(config)[name] for name in _OF_SHORT)
     tests, passed = _test(from_pretrained(folder), short, before, same)
     return Conversion((*lines, *tests), passed)
-
-
-def _short(stated: Any, tokenizer: Any, config: LSGConfig) -> Tensor:
-    """Ids (1, T) of up to two blocks, which the source can read as well; cls or bos is the first."""
-    length = min(2 * config.block_size, config.max_position_embeddings, 128)
-    reach = stated.max_position_embeddings - (stated.pad_token_id or 0) - 1
-    return _ids(stated, tokenizer, max(1, min(length, reach)))
 
 
 def _ids(stated: Any, tokenizer: Any, length: int) -> Tensor:

@@ -15,7 +15,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import accumulate
@@ -72,18 +72,6 @@ class DemoOptions:
     json: bool = False
 
 
-@dataclass(frozen=True)
-class Document:
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Query:
-    text: str
-    document: int  # index of the document it was taken from
-
-
 CountTokens = Callable[[Sequence[str]], list[int]]
 Batch = tuple[list[int], dict[str, Tensor]]  # which texts, and the model's inputs (B, T)
 
@@ -122,12 +110,12 @@ def build_documents(
     minimum: int = MIN_DOCUMENT_TOKENS,
     modules: Sequence[str] = MODULES,
     files: Sequence[Path] = (),
-) -> list[Document]:
-    """All `files`, then the first `count` of `modules` with `minimum` tokens or more."""
+) -> list[str]:
+    """The texts of all `files`, then of the first `count` of `modules` with `minimum` tokens or more."""
     documents = []
     for path in files:
         try:
-            documents.append(Document(path.name, path.read_text(encoding="utf-8")))
+            documents.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise DemoError(f"cannot read {path} as text: {error}") from error
     wanted = len(documents) + count
@@ -138,25 +126,25 @@ def build_documents(
         # read need not be tokenized.
         text = module_text(name)[: 16 * max(max_length, minimum)]
         if count_tokens([text])[0] >= minimum:
-            documents.append(Document(name, text))
+            documents.append(text)
     return documents
 
 
 def pick_queries(
-    documents: Sequence[Document], count_tokens: CountTokens, *, first: int, last: int
-) -> list[Query]:
-    """One passage per document from the middle of its tokens `first` to `last`.
+    documents: Sequence[str], count_tokens: CountTokens, *, first: int, last: int
+) -> dict[int, str]:
+    """By the document's index a passage from the middle of its tokens `first` to `last`.
 
     Prose that begins a sentence is preferred to other prose, and that to anything else. A passage
     that occurs in another document too is not taken; a document without any has no query.
     """
-    flat = [" ".join(body for _, body in _lines(d.text) if body) for d in documents]
-    queries = []
+    flat = [" ".join(body for _, body in _lines(text) if body) for text in documents]
+    queries = {}
     for index, document in enumerate(documents):
         others = flat[:index] + flat[index + 1 :]
-        for passage in _passages(document.text, count_tokens, first, last):
+        for passage in _passages(document, count_tokens, first, last):
             if not any(passage in other for other in others):
-                queries.append(Query(passage, index))
+                queries[index] = passage
                 break
     return queries
 
@@ -247,7 +235,7 @@ def embed(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 def target_ranks(queries: Tensor, documents: Tensor, targets: Sequence[int]) -> list[int]:
     """Rank (from 1) of each query's document by dot product; a tie counts against it."""
     scores = queries @ documents.T
-    own = scores.gather(1, torch.tensor(list(targets)).unsqueeze(1))
+    own = scores.gather(1, torch.tensor(targets).unsqueeze(1))
     ranks: list[int] = (scores >= own).sum(1).tolist()
     return ranks
 
@@ -289,14 +277,14 @@ def run_side(
     name: str,
     model: nn.Module,
     tokenizer: Any,
-    documents: Sequence[Document],
-    queries: Sequence[Query],
+    documents: Sequence[str],
+    queries: Mapping[int, str],
     max_length: int,
     quiet: bool,
 ) -> dict[str, Any]:
     """Embed and rank with `model` as it is now; time and memory come from separate forwards."""
-    batches = make_batches(tokenizer, [d.text for d in documents], max_length)
-    query_batches = make_batches(tokenizer, [q.text for q in queries], max_length)
+    batches = make_batches(tokenizer, documents, max_length)
+    query_batches = make_batches(tokenizer, list(queries.values()), max_length)
     start = time.perf_counter()
     # None: a bar only where stderr is a terminal.
     bar = tqdm(batches, f"{name}, {max_length:,} tokens", disable=quiet or None, leave=False)
@@ -305,7 +293,7 @@ def run_side(
     longest = {key: value[:1] for key, value in batches[0][1].items()}
     with torch.inference_mode(), peak_memory() as memory:
         model(**longest)
-    ranks = target_ranks(asked, found, [q.document for q in queries])
+    ranks = target_ranks(asked, found, list(queries))
     return {
         "name": name,
         "max_length": max_length,  # tokens of a document that are read at most
@@ -360,7 +348,7 @@ def measure(options: DemoOptions) -> dict[str, Any]:
         )
 
     common = (model, tokenizer, documents, queries)
-    samples = [documents[0].text, *(query.text for query in queries[:3])]
+    samples = [documents[0], *list(queries.values())[:3]]
     batches = make_batches(tokenizer, samples, limit, tokens_per_batch=1)
     first_outputs = _outputs(model, batches)
     sides = [run_side("original, truncated", *common, limit, options.json)]

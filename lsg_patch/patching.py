@@ -229,10 +229,10 @@ def unpatch_model(model: Model) -> Model:
             except Exception as error:
                 failed = error
     # a config that was put in the place of the one that was changed states the same too
-    for patch in records.values():
+    for name, patch in records.items():
         if not isinstance(patch, Patch) or patch.changes:
             continue
-        for config in configs_around(module, patch.owner).values():
+        for config in configs_around(module, module.get_submodule(name)).values():
             if vars(config).get(KEY) == patch.saved:
                 delattr(config, KEY)
             if getattr(config, "max_position_embeddings", None) == patch.patched_length:
