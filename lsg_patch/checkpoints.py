@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
@@ -140,12 +140,10 @@ def load(
         config, rest = config_class.from_dict(dict(stated), return_unused_kwargs=True, **of_config)
         given = {**rest, **of_load, "config": config}
     resized = given.pop("ignore_mismatched_sizes", False)
-    is_auto = not hasattr(cls, "base_model_prefix")
-    prefix = (transformers.MODEL_MAPPING[config_class] if is_auto else cls).base_model_prefix
     asked = _request.set(request)
     _switch.set(loads=1)
     try:
-        with source.for_this_release(stored, prefix) as place:
+        with source.for_this_release() as place:
             if place != source.path:
                 given = {name: x for name, x in given.items() if name not in OF_SOURCE}
             # what is of another shape is refused below, with its name
@@ -210,10 +208,6 @@ def named_class(names: Any) -> Any:
     return cls
 
 
-def _is_global(name: str) -> bool:
-    return re.search(PATTERN, name) is not None
-
-
 def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``from_pretrained`` of transformers, and after it the patch that the model's config states."""
     request = _request.get() or (Request() if _switch.is_on() else None)
@@ -249,11 +243,12 @@ def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Reque
 
 def _read(model: Any, path: Any, given: dict[str, Any]) -> dict[str, Tensor]:
     """Global tokens of the checkpoint that ``model`` was loaded from, by their names."""
-    if given.get("state_dict") is not None:
-        return {name: value for name, value in given["state_dict"].items() if _is_global(name)}
-    # an adapter's folder has none, its base has
-    places = (place for place in (path, model.name_or_path) if place)
-    return next(filter(None, (Source.of(x, given).read(_is_global) for x in places)), {})
+    sources: Iterable[dict[str, Tensor]] = [given.get("state_dict") or {}]
+    if given.get("state_dict") is None:
+        # an adapter's folder has none, its base has
+        sources = (Source.of(x, given).tensors() for x in (path, model.name_or_path) if x)
+    found = ({x: rows[x] for x in rows if re.search(PATTERN, x)} for rows in sources)
+    return next(filter(None, found), {})
 
 
 def _rows_of(rows: dict[str, Tensor], base: str, family: Family, saved: LSGConfig) -> Tensor | None:

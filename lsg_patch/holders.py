@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -151,19 +152,21 @@ class LimitSet(Change):
     readable: int | None
 
     def __post_init__(self) -> None:
-        _in_force.add(self)
+        with _one_at_a_time:
+            _in_force.add(self)
 
     def undo(self) -> None:
         """A limit that was set by hand stays, if the unpatched model reads so many tokens.
 
         That of a tokenizer which another patched model has as well is left to that one's revert.
         """
-        _in_force.discard(self)
-        for other in _in_force:
-            same = other.target is self.target and other.name == self.name
-            if same and other.old == self.new:
-                other.old = self.old
-                return
+        with _one_at_a_time:
+            _in_force.discard(self)
+            for other in _in_force:
+                same = other.target is self.target and other.name == self.name
+                if same and other.old == self.new:
+                    other.old = self.old
+                    return
         value = getattr(self.target, self.name)
         by_hand = isinstance(value, int) and value != self.new
         if not by_hand or value > min(self.old, self.readable or self.old):
@@ -171,6 +174,7 @@ class LimitSet(Change):
 
 
 _in_force: WeakSet[LimitSet] = WeakSet()
+_one_at_a_time = threading.Lock()
 
 
 @dataclass

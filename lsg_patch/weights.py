@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -32,8 +31,6 @@ HUB_NAMES = (
 )
 # keywords of a load that say which files of it are read
 OF_SOURCE = (*HUB_NAMES, "variant", "use_safetensors")
-# before the names of a base model's weights; published checkpoints have that of transformers
-OF_REFERENCE = re.compile(r"^lsg\.")
 
 
 @dataclass(frozen=True)
@@ -115,24 +112,19 @@ class Source:
             found.append(file)
         return found
 
-    def read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The tensors whose names are ``wanted``, on the CPU, by name.
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by name, on the CPU; what is mapped is in memory only when it is used.
 
         Raises:
             ValueError: a file is damaged, or has more in it than tensors.
         """
-        return {
-            name: value.clone()
-            for file in self.weights()
-            for name, value in _tensors(file).items()
-            if wanted(name)
-        }
+        return {name: x for file in self.weights() for name, x in _tensors(file).items()}
 
     def stored(self) -> dict[str, Stored]:
         """All weights as the files describe them, by name.
 
         Raises:
-            ValueError: as ``read``.
+            ValueError: as ``tensors``.
         """
         return {
             name: Stored(file, tuple(value.shape), str(value.dtype).removeprefix("torch."))
@@ -141,21 +133,14 @@ class Source:
         }
 
     @contextmanager
-    def for_this_release(self, stored: Mapping[str, Stored], prefix: str) -> Iterator[str]:
-        """The path for ``from_pretrained``, or that of a copy which it can read.
-
-        Before 4.22 it reads no safetensors; and where names begin as ``OF_REFERENCE`` has it,
-        ``prefix`` is to stand.
-        """
-        safe = any(weight.file.endswith(SAFE) for weight in stored.values())
-        renamed = any(map(OF_REFERENCE.match, stored))
-        if not renamed and (compat.reads_safetensors() or not safe):
+    def for_this_release(self) -> Iterator[str]:
+        """The path for ``from_pretrained``, or that of a copy in pickles, if it reads no others (4.21)."""
+        if compat.reads_safetensors() or not any(x.endswith(SAFE) for x in self.weights()):
             yield self.path
             return
-        weights = self.read(lambda name: True)
-        weights = {OF_REFERENCE.sub(f"{prefix}.", name): x for name, x in weights.items()}
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(self.config()), "utf-8")
+            weights = {name: x.clone() for name, x in self.tensors().items()}
             torch.save(weights, Path(folder, "pytorch_model.bin"))
             yield folder
 
@@ -171,7 +156,6 @@ def _json(file: str) -> dict[str, Any]:
 
 
 def _tensors(file: str) -> dict[str, Tensor]:
-    """The tensors in a file, on the CPU; what is mapped is in memory only when it is used."""
     try:
         if file.endswith(SAFE):
             from safetensors.torch import load_file
