@@ -61,9 +61,8 @@ def convert(
     """Read a checkpoint, patch it for long inputs and save it with its tokenizer, in float32.
 
     ``from_pretrained(out)`` gives the patched model. A ``source`` that was saved patched, by us or by
-    the reference, is patched anew: positions are tiled from those it has and global tokens made of
-    these. It keeps its global tokens with ``resize_lsg``, and where nothing else is asked for than
-    settings of the attention: then it is saved in our format as it is.
+    the reference, keeps its global tokens with ``resize_lsg``, and where nothing but settings of the
+    attention is asked for. Else it is patched anew, of the positions that it has.
 
     Args:
         source: a folder or a repository of the hub.

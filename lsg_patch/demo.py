@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -350,11 +349,16 @@ def measure(options: DemoOptions) -> dict[str, Any]:
     common = (model, tokenizer, documents, queries)
     samples = [documents[0], *list(queries.values())[:3]]
     batches = make_batches(tokenizer, samples, limit, tokens_per_batch=1)
-    first_outputs = _outputs(model, batches)
+
+    @torch.inference_mode()
+    def outputs() -> list[Tensor]:
+        return [model(**inputs).last_hidden_state for _, inputs in batches]
+
+    first_outputs = outputs()
     sides = [run_side("original, truncated", *common, limit, options.json)]
     with patched(model, config, tokenizer=tokenizer):
         sides.append(run_side("patched", *common, options.max_length, options.json))
-    last_outputs = _outputs(model, batches)
+    same = all(map(torch.equal, first_outputs, outputs()))
     return {
         "model": options.model or "all-MiniLM-L6-v2",
         "block_size": options.block_size,
@@ -363,16 +367,8 @@ def measure(options: DemoOptions) -> dict[str, Any]:
         "queries": len(queries),
         "sides": sides,
         "compared_after_revert": len(samples),
-        "reverted_bit_for_bit": all(map(torch.equal, first_outputs, last_outputs)),
-        "torch": metadata.version("torch"),
-        "transformers": metadata.version("transformers"),
-        "threads": torch.get_num_threads(),
+        "reverted_bit_for_bit": same,
     }
-
-
-@torch.inference_mode()
-def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
-    return [model(**inputs).last_hidden_state for _, inputs in batches]
 
 
 def render(report: dict[str, Any]) -> str:

@@ -56,7 +56,8 @@ def check_adapters(model: nn.Module, name: str) -> None:
         ValueError: there is one.
     """
     for module in model.modules():
-        adapters = getattr(module, "peft_config", None)
+        held = vars(module)
+        adapters = held.get("peft_config", held.get("_peft_config"))
         for adapter, config in adapters.items() if isinstance(adapters, dict) else ():
             if name in (getattr(config, "modules_to_save", None) or ()):
                 raise ValueError(

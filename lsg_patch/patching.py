@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 GLOBAL_EMBEDDINGS = "global_embeddings"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Patch(Journal):
     """What a patched base model carries: the record of all changes, and the settings.
 
@@ -42,21 +42,21 @@ class Patch(Journal):
     ``saved`` what it says under ``KEY``.
     """
 
-    config: LSGConfig = field(kw_only=True)
-    family: str = field(kw_only=True)
-    stated_length: int | None = field(kw_only=True)
-    patched_length: int = field(kw_only=True)
-    saved: dict[str, Any] = field(kw_only=True)
+    config: LSGConfig
+    family: str
+    stated_length: int | None
+    patched_length: int
+    saved: dict[str, Any]
 
 
 def _settings_once(patch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Refuse settings beside an ``LSGConfig``, also those that happen to be the defaults."""
     signature = inspect.signature(patch)
+    names = {field.name for field in fields(LSGConfig)} - {"block_size"}
 
     @functools.wraps(patch)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         given = signature.bind(*args, **kwargs).arguments
-        names = {field.name for field in fields(LSGConfig)} - {"block_size"}
         others = [name for name in given if name in names]
         if others and isinstance(given.get("block_size"), LSGConfig):
             raise TypeError(

@@ -28,8 +28,7 @@ class Change(ABC):
         return None
 
     @abstractmethod
-    def undo(self) -> None:
-        """Take it back."""
+    def undo(self) -> None: ...
 
 
 @dataclass
