@@ -20,7 +20,7 @@ from torch import Tensor
 from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import Family, family_of
-from lsg_patch.inspection import check_config, check_loaded, check_stored
+from lsg_patch.inspection import check_config, check_loaded, check_weights
 from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_with
 from lsg_patch.plan import SavedGlobals
 from lsg_patch.published import as_ours, is_published
@@ -125,15 +125,17 @@ def load(
     Raises:
         ValueError: something does not fit.
     """
-    stored = source.stored()
-    check_stored(stored, quantized="quantization_config" in stated)
+    weights = source.tensors()
+    check_weights(source.path, weights, quantized="quantization_config" in stated)
     named = cls is None
     cls = named_class(stated.get("architectures")) if named else cls
     config_class = _config_class(stated, cls)
     defaults: dict[str, Any] = {}
     with suppress(Exception):  # what is composed of others has no default
         defaults = vars(config_class())
-    check_config(stated, defaults, stored)
+    check_config(stated, defaults, weights)
+    stored = list(weights)
+    del weights  # what is not mapped is not to be in memory twice
     if as_stated:
         of_load = {name: given[name] for name in _OF_THE_LOAD if name in given}
         of_config = {name: x for name, x in given.items() if name not in (*_OF_THE_LOAD, "config")}
@@ -147,8 +149,7 @@ def load(
             if place != source.path:
                 given = {name: x for name, x in given.items() if name not in OF_SOURCE}
             # what is of another shape is refused below, with its name
-            several = len({weight.file for weight in stored.values()}) > 1
-            ignored = resized or not several or compat.reads_safetensors()
+            ignored = resized or len(source.weights()) == 1 or compat.reads_safetensors()
             more = {_INFO: True, "ignore_mismatched_sizes": ignored}
             model, info = cls.from_pretrained(place, **given, **more)
     except (OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lsg_patch.families import family_of
 
@@ -19,31 +20,23 @@ _WIDTHS = ("hidden_size", "d_model", "dim")
 _HARMLESS, _FEW_LAYERS = 2**24, 100
 # generation has a word for one of its choices
 _ALSO_WORDS = ("early_stopping",)
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # of weights whose numbers are no floating-point ones
 _INDICES = re.compile(r"(^|\.|_)(ids|num_batches_tracked|index)$")
 _MEND = "correct it, or save or fetch the checkpoint again"
 
 
-class Stored(NamedTuple):
-    """A weight as a file has it; ``dtype`` is torch's name."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def check_config(
-    stated: Mapping[str, Any], defaults: Mapping[str, Any], stored: Mapping[str, Stored]
+    stated: Mapping[str, Any], defaults: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> None:
     """What ``config.json`` says is of the types that the ``defaults`` of its class have, and no size
-    makes a weight larger than all weights that are ``stored``.
+    makes a weight larger than all the ``weights`` are.
 
     Raises:
         ValueError: it names the key, its value and the mend.
     """
     width = next((stated[name] for name in _WIDTHS if type(stated.get(name)) is int), 1)
-    total = sum(math.prod(weight.shape) for weight in stored.values())
+    total = sum(weight.numel() for weight in weights.values())
     for name, value in stated.items():
         where = f"config.json has {name}={_short(value)}"
         kinds = _kinds(name, defaults.get(name))
@@ -52,13 +45,13 @@ def check_config(
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where}, which must be finite: {_MEND}")
         if isinstance(value, dict) and "model_type" in value:
-            check_config(value, {}, stored)
+            check_config(value, {}, weights)
         size, count = _SIZES.search(name), _COUNTS.search(name)
         if not (size or count) or not isinstance(value, (int, float)) or value is True:
             continue
         if type(value) is float or value < 0:
             raise ValueError(f"{where}, which must be a whole number from 0 on: {_MEND}")
-        most = max(total, _HARMLESS) // max(1, width) if size else max(len(stored), _FEW_LAYERS)
+        most = max(total, _HARMLESS) // max(1, width) if size else max(len(weights), _FEW_LAYERS)
         if value > most:
             raise ValueError(f"{where}, more than the {total} numbers of its weights make: {_MEND}")
     for name in ("attn_implementation", "_attn_implementation"):
@@ -75,18 +68,18 @@ def _kinds(name: str, default: Any) -> tuple[type, ...]:
     return (int, float) if type(default) in (int, float) else (type(default),)
 
 
-def check_stored(stored: Mapping[str, Stored], quantized: bool) -> None:
-    """All weights are floating-point numbers, if they are not ``quantized``.
+def check_weights(path: str, weights: Mapping[str, Tensor], quantized: bool) -> None:
+    """There are some, and all are floating-point numbers, if they are not ``quantized``.
 
     Raises:
-        ValueError: there are no weights, or one is of another type.
+        ValueError: there are none, or one is of another type.
     """
-    if not stored:
-        raise ValueError(f"the checkpoint has no file of weights, or an empty one: {_MEND}")
-    for name, weight in stored.items():
+    if not weights:
+        raise ValueError(f"{path!r} has no file of weights, or an empty one: {_MEND}")
+    for name, weight in weights.items():
         if not quantized and weight.dtype not in _FLOATS and not _INDICES.search(name):
             raise ValueError(
-                f"{weight.file} has {name} as torch.{weight.dtype}, weights are {', '.join(_FLOATS)}: "
+                f"{path!r} has {name} as {weight.dtype}, weights are {', '.join(map(str, _FLOATS))}: "
                 f"{_MEND}"
             )
 
@@ -95,14 +88,14 @@ def check_loaded(
     path: str,
     model: nn.Module,
     info: Mapping[str, Any],
-    stored: Mapping[str, Stored],
+    stored: Collection[str],
     whole: bool,
     resized: bool,
 ) -> None:
     """Every weight of ``model`` came from the checkpoint, and every one there has a place in it.
 
     Args:
-        info: what ``from_pretrained`` says of the load.
+        info: what ``from_pretrained`` says of the load; ``stored``: the names of the weights.
         whole: the class is the one that was saved; else a head may be new, or left out.
         resized: other shapes are what the caller asked for.
 

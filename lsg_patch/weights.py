@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lsg_patch import compat
-from lsg_patch.inspection import Stored
 
 SAFE = ".safetensors"
 # what says where on the hub a file is to be found
@@ -119,18 +118,6 @@ class Source:
             ValueError: a file is damaged, or has more in it than tensors.
         """
         return {name: x for file in self.weights() for name, x in _tensors(file).items()}
-
-    def stored(self) -> dict[str, Stored]:
-        """All weights as the files describe them, by name.
-
-        Raises:
-            ValueError: as ``tensors``.
-        """
-        return {
-            name: Stored(file, tuple(value.shape), str(value.dtype).removeprefix("torch."))
-            for file in self.weights()
-            for name, value in _tensors(file).items()
-        }
 
     @contextmanager
     def for_this_release(self) -> Iterator[str]:
