@@ -76,6 +76,7 @@ def set_limits(
     Args:
         readable: how many tokens the unpatched model reads; None: any number.
     """
+    # an object and the name of its attribute, and who has it; None: nobody
     limits = [(owner, *limit) for owner in owners for limit in _limits_of(owner)]
     if hasattr(tokenizer, "model_max_length"):
         limits.append((None, tokenizer, "model_max_length"))
@@ -113,7 +114,7 @@ def _record_on(owner: Any, journal: Journal) -> Journal:
 
 
 def _limits_of(owner: Any) -> Iterator[tuple[Any, str]]:
-    """All limits that nobody chose for one use: an object and the name of its attribute."""
+    """All limits that nobody chose for one use."""
     yield tokenizer_in(owner), "model_max_length"
     for name in OWN_LIMITS:
         # None: the tokenizer's
