@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor
 from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import Family, family_of
-from lsg_patch.inspection import Stored, check_config, check_loaded, check_stored
-from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_loaded
+from lsg_patch.inspection import check_config, check_loaded, check_weights
+from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_with
+from lsg_patch.plan import SavedGlobals
 from lsg_patch.published import as_ours, is_published
 from lsg_patch.weights import OF_SOURCE, Source
 
@@ -35,13 +36,10 @@ PATTERN = rf"(^|\.){GLOBAL_EMBEDDINGS}\.weight$"
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a checkpoint: other settings than the saved ones, and its global tokens by
-    their names, where they were read already.
-    """
+    """What is wanted of a checkpoint: other settings than the saved ones, and as in ``patch_model``."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
-    rows: dict[str, Tensor] | None = None
 
 
 # transformers 5 replaces functions of its own while it loads: two at once leave them replaced
@@ -64,10 +62,9 @@ def from_pretrained(
         cls: a class of transformers or one derived from it, or an Auto class. None: the one that was
             saved (``config.architectures``).
         tokenizer: as in ``patch_model``.
-        kwargs: settings, by their names in ``LSGConfig``, win over those that were saved. Of more
-            global tokens than were saved the rest is new, of fewer the first ones are taken; another
-            ``max_position_embeddings`` resizes as ``patch_model`` does. All others go to
-            ``cls.from_pretrained``: torch_dtype, device_map, subfolder, revision, ...
+        kwargs: settings of ``LSGConfig`` win over those that were saved: more global tokens are new
+            ones, fewer are the first ones, and another ``max_position_embeddings`` resizes as
+            ``patch_model`` does. All others go to ``cls.from_pretrained``.
 
     Returns:
         The model, or what else ``cls.from_pretrained`` gives (``output_loading_info``).
@@ -82,8 +79,7 @@ def from_pretrained(
         raise ValueError(
             "trust_remote_code=True: no code of a checkpoint is run here; leave it out"
         )
-    names = [setting.name for setting in fields(LSGConfig) if setting.name in kwargs]
-    settings = {name: kwargs.pop(name) for name in names}
+    settings = {x.name: kwargs.pop(x.name) for x in fields(LSGConfig) if x.name in kwargs}
     source = Source.of(path, kwargs)
     given: Any = kwargs.get("config")
     stated = given.to_dict() if hasattr(given, "to_dict") else source.config()
@@ -98,11 +94,8 @@ def from_pretrained(
         )
     for values in patches:
         SavedPatch.from_dict(values, **settings)
-    stored = source.stored()
-    check_stored(stored, quantized="quantization_config" in stated)
     told = kwargs.pop(_INFO, False)
-    request = Request(settings, tokenizer, source.read(_is_global))
-    model, info = load(source, stated, stored, cls, kwargs, request, as_stated=published)
+    model, info = load(source, stated, cls, kwargs, Request(settings, tokenizer), published)
     if not patches:
         logger.warning("%s is a decoder alone: there is nothing to patch", type(model).__name__)
     elif not is_patched(model):
@@ -115,7 +108,6 @@ def from_pretrained(
 def load(
     source: Source,
     stated: dict[str, Any],
-    stored: Mapping[str, Stored],
     cls: Any,
     given: dict[str, Any],
     request: Request | None = None,
@@ -125,7 +117,6 @@ def load(
 
     Args:
         stated: what its config says; ``as_stated``: in place of what is in its folder.
-        stored: its weights.
         cls: None: the class that ``stated`` names.
         given: keywords of ``from_pretrained``.
         request: what is wanted of a patched one. None: it is not patched, and weights of heads may be
@@ -134,22 +125,31 @@ def load(
     Raises:
         ValueError: something does not fit.
     """
+    weights = source.tensors()
+    check_weights(source.path, weights, quantized="quantization_config" in stated)
     named = cls is None
     cls = named_class(stated.get("architectures")) if named else cls
     config_class = _config_class(stated, cls)
-    check_config(stated, _default(config_class), stored)
+    defaults: dict[str, Any] = {}
+    with suppress(Exception):  # what is composed of others has no default
+        defaults = vars(config_class())
+    check_config(stated, defaults, weights)
+    stored = list(weights)
+    del weights  # what is not mapped is not to be in memory twice
     if as_stated:
-        given["config"] = _config_of(stated, config_class, given)
+        of_load = {name: given[name] for name in _OF_THE_LOAD if name in given}
+        of_config = {name: x for name, x in given.items() if name not in (*_OF_THE_LOAD, "config")}
+        config, rest = config_class.from_dict(dict(stated), return_unused_kwargs=True, **of_config)
+        given = {**rest, **of_load, "config": config}
     resized = given.pop("ignore_mismatched_sizes", False)
     asked = _request.set(request)
     _switch.set(loads=1)
     try:
-        with source.for_this_release(stored, _prefix(cls, config_class)) as place:
+        with source.for_this_release() as place:
             if place != source.path:
                 given = {name: x for name, x in given.items() if name not in OF_SOURCE}
             # what is of another shape is refused below, with its name
-            several = len({weight.file for weight in stored.values()}) > 1
-            ignored = resized or not several or compat.reads_safetensors()
+            ignored = resized or len(source.weights()) == 1 or compat.reads_safetensors()
             more = {_INFO: True, "ignore_mismatched_sizes": ignored}
             model, info = cls.from_pretrained(place, **given, **more)
     except (OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
@@ -183,29 +183,6 @@ def _config_class(stated: Mapping[str, Any], cls: Any) -> Any:
     return found
 
 
-def _prefix(cls: Any, config_class: Any) -> str:
-    """Of the names of a base model's weights in a model with a head."""
-    known = hasattr(cls, "base_model_prefix")
-    prefix: str = (cls if known else transformers.MODEL_MAPPING[config_class]).base_model_prefix
-    return prefix
-
-
-def _default(config_class: Any) -> Any:
-    try:
-        return config_class()
-    except Exception:  # what is composed of others has no default
-        return SimpleNamespace()
-
-
-def _config_of(stated: Mapping[str, Any], config_class: Any, kwargs: dict[str, Any]) -> Any:
-    """A config object; those of ``kwargs`` that are attributes of it go into it, as transformers does."""
-    config = config_class.from_dict(dict(stated))
-    kwargs.pop("config", None)
-    for name in [name for name in kwargs if hasattr(config, name) and name not in _OF_THE_LOAD]:
-        setattr(config, name, kwargs.pop(name))
-    return config
-
-
 def _saved_patches(config: Any) -> Iterator[Any]:
     """What a config as JSON says under ``KEY``, itself and what it is composed of."""
     for name, value in config.items():
@@ -232,15 +209,6 @@ def named_class(names: Any) -> Any:
     return cls
 
 
-def _is_global(name: str) -> bool:
-    return name == ROWS or name.endswith(f".{ROWS}")
-
-
-def _model_of(loaded: Any) -> Any:
-    """With ``output_loading_info`` a model comes with what is to be said of it."""
-    return loaded[0] if isinstance(loaded, tuple) else loaded
-
-
 def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``from_pretrained`` of transformers, and after it the patch that the model's config states."""
     request = _request.get() or (Request() if _switch.is_on() else None)
@@ -248,48 +216,40 @@ def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return wrapped(*args, **kwargs)
     with _one_at_a_time, compat.expecting(cls, PATTERN):
         loaded = wrapped(*args, **kwargs)
-    model = _model_of(loaded)
-    if _states_patch(model.config):
-        path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        _patch_as_saved(model, path, kwargs, request)
+    # with output_loading_info a model comes with what is to be said of it
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    _patch_as_saved(model, path, kwargs, request)
     return loaded
 
 
-def _states_patch(config: Any) -> bool:
-    """Whether it does, or one of the configs that it is composed of."""
-    parts = (config, *vars(config).values())
-    return any(KEY in getattr(part, "__dict__", ()) for part in parts)
-
-
 def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Request) -> None:
-    rows = request.rows
+    """Patch what in ``model`` was saved patched; ``path`` and ``given`` are those of its load."""
+    rows: dict[str, Tensor] | None = None
     for name, base in list(model.named_modules()):
         values = getattr(vars(base).get("config"), "__dict__", {}).get(KEY)
-        family = family_of(base) if values is not None else None
-        if family is None:
+        family = None if values is None else family_of(base)
+        if family is None or is_patched(base):
             continue
-        saved = SavedPatch.from_dict(values, **request.settings)
         rows = _read(model, path, given) if rows is None else rows
-        patch_loaded(
+        own = _rows_of(rows, name, family, SavedPatch.from_dict(values).config)
+        saved = SavedPatch.from_dict(values, **request.settings)
+        patch_with(
             model if model.config is base.config else base,
             saved.config,
-            global_rows=_rows_of(rows, name, family, SavedPatch.from_dict(values).config),
-            global_reach=saved.global_reach,
-            bos_id=saved.bos_id,
-            tokenizer=request.tokenizer,
+            request.tokenizer,
+            SavedGlobals(own, saved.global_reach, saved.bos_id),
         )
 
 
 def _read(model: Any, path: Any, given: dict[str, Any]) -> dict[str, Tensor]:
-    """Global tokens of the checkpoint that ``model`` was loaded from."""
-    if given.get("state_dict") is not None:
-        return {name: value for name, value in given["state_dict"].items() if _is_global(name)}
-    found: dict[str, Tensor] = {}
-    # an adapter's folder has none, its base has
-    for place in (path, model.name_or_path):
-        if place and not found:
-            found = Source.of(place, given).read(_is_global)
-    return found
+    """Global tokens of the checkpoint that ``model`` was loaded from, by their names."""
+    sources: Iterable[dict[str, Tensor]] = [given.get("state_dict") or {}]
+    if given.get("state_dict") is None:
+        # an adapter's folder has none, its base has
+        sources = (Source.of(x, given).tensors() for x in (path, model.name_or_path) if x)
+    found = ({x: rows[x] for x in rows if re.search(PATTERN, x)} for rows in sources)
+    return next(filter(None, found), {})
 
 
 def _rows_of(rows: dict[str, Tensor], base: str, family: Family, saved: LSGConfig) -> Tensor | None:
@@ -298,8 +258,7 @@ def _rows_of(rows: dict[str, Tensor], base: str, family: Family, saved: LSGConfi
         return None
     place = f"{family.embeddings}.{ROWS}"
     exact = f"{base}.{place}" if base else place
-    fitting = [name for name in rows if name == place or name.endswith(f".{place}")]
-    fitting = [exact] if exact in rows else fitting
+    fitting = [exact] if exact in rows else [x for x in rows if f".{x}".endswith(f".{place}")]
     if len(fitting) != 1:
         raise ValueError(
             f"the checkpoint has {len(fitting)} weights *.{place}, one is needed: a model that was saved "
@@ -322,11 +281,12 @@ class _Switch:
     ``auto_patching``, or for our own loads, of which others' loads at the time know nothing.
     """
 
+    for_process = False
+    blocks = loads = 0
+    installed: Any = None
+
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.for_process = False
-        self.blocks = self.loads = 0
-        self.installed: Any = None
 
     def is_on(self) -> bool:
         return self.for_process or self.blocks > 0

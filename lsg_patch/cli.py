@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,59 +41,29 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         "short ones: first as it is, truncating each document, then patched. Afterwards the patch "
         "is taken back and the first outputs are compared with the last."
     )
+    model = "any encoder that transformers can load (default: the one of the extra `demo`)"
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help=model)
+    file = "a text file as one more document; may be repeated; `--documents 0` leaves only these"
     parser.add_argument(
-        "--model",
-        metavar="NAME_OR_PATH",
-        help="any encoder that transformers can load (default: the one of the extra `demo`)",
+        "--file", metavar="PATH", dest="files", action="append", type=Path, default=[], help=file
     )
-    parser.add_argument(
-        "--file",
-        metavar="PATH",
-        dest="files",
-        action="append",
-        type=Path,
-        default=[],
-        help="a text file as one more document; may be repeated, and `--documents 0` leaves only "
-        "these",
-    )
-    parser.add_argument(
-        "--documents",
-        metavar="N",
-        type=_at_least(0),
-        default=90,
-        help="number of documents made from the standard library's documentation (default: 90)",
-    )
-    parser.add_argument(
-        "--max-length",
-        metavar="TOKENS",
-        type=_at_least(1),
-        default=4096,
-        help="tokens of a document that the patched model reads (default: 4096)",
-    )
-    parser.add_argument("--block-size", metavar="TOKENS", type=_at_least(1), default=128)
-    parser.add_argument(
-        "--sparsity-type",
-        metavar="NAME",
-        default="norm",
-        help="norm (default), pooling, lsh, stride, block_stride, bos_pooling or none",
-    )
+    for name, metavar, least, default, summary in (
+        ("documents", "N", 0, 90, "documents made from the standard library's documentation"),
+        ("max-length", "TOKENS", 1, 4096, "tokens of a document that the patched model reads"),
+        ("block-size", "TOKENS", 1, 128, "tokens a block"),
+    ):
+        kind, told = _at_least(least), f"{summary} (default: {default})"
+        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=default, help=told)
+    types = "norm (default), pooling, lsh, stride, block_stride, bos_pooling or none"
+    parser.add_argument("--sparsity-type", metavar="NAME", default="norm", help=types)
     parser.add_argument("--json", action="store_true", help="print JSON and no progress bar")
 
 
 def _demo(args: argparse.Namespace) -> int:
     from lsg_patch import demo
 
-    return demo.run(
-        demo.DemoOptions(
-            model=args.model,
-            files=tuple(args.files),
-            documents=args.documents,
-            max_length=args.max_length,
-            block_size=args.block_size,
-            sparsity_type=args.sparsity_type,
-            json=args.json,
-        )
-    )
+    given = {field.name: getattr(args, field.name) for field in fields(demo.DemoOptions)}
+    return demo.run(demo.DemoOptions(**{**given, "files": tuple(args.files)}))
 
 
 def _families_arguments(parser: argparse.ArgumentParser) -> None:

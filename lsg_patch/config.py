@@ -40,11 +40,9 @@ class LSGConfig:
         pool_with_global: give the first global token's output as the first real token's. In a decoder
             only where that token is masked: global tokens see none of its tokens.
         adaptive: pad inside the model to whole blocks; False: other lengths are an error.
-        unpad: where there is a padding mask, run the layers on the real tokens only: rows of a
-            batch are cut to what stands between their first and last real token, each padded to
-            its own blocks, and packed. Outputs of real tokens are the same; a token of padding
-            outside of these has the output of the nearest real one. Reads the lengths from the
-            device; while a model is compiled or traced, it runs padded. None: in a model that can,
+        unpad: run the layers of a batch with padding on its real tokens only, each row padded to its
+            own blocks, and all packed. Padding has the output of the nearest real token. Reads the
+            lengths from the device; compiled and traced models run padded. None: in a model that can,
             for inputs of more than two blocks of which this leaves out a tenth or more.
         lsh_num_pre_rounds: rounds of hashing before the last one (lsh only).
         pass_global_tokens_to_decoder: encoder-decoders: let the decoder see the global tokens.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from lsg_patch.checkpoints import from_pretrained, load, named_class
 from lsg_patch.config import KEY, LSGConfig
 from lsg_patch.families import find_base
-from lsg_patch.inspection import check_stored
 from lsg_patch.patching import (
     get_config,
     global_embeddings,
@@ -21,7 +21,7 @@ from lsg_patch.patching import (
     patch_model,
     unpatch_model,
 )
-from lsg_patch.published import is_published, without_prefix
+from lsg_patch.published import PREFIX, is_published
 from lsg_patch.tokenizer import find_token_ids, tokenizer_at
 from lsg_patch.weights import Source
 
@@ -29,8 +29,14 @@ from lsg_patch.weights import Source
 LENGTH, SEED = 4096, 123
 # of a short input's largest output; rounding is a hundredth of it
 TOLERANCE = 1e-4
-# what says what global tokens are at first
+# what says what global tokens are at first, and what changes the outputs of short inputs
 _OF_ROWS = ("global_positional_stride", "random_global_init")
+_OF_SHORT = (
+    "mask_first_token",
+    "pool_with_global",
+    "num_global_tokens",
+    "pass_global_tokens_to_decoder",
+)
 
 
 class Conversion(NamedTuple):
@@ -55,9 +61,8 @@ def convert(
     """Read a checkpoint, patch it for long inputs and save it with its tokenizer, in float32.
 
     ``from_pretrained(out)`` gives the patched model. A ``source`` that was saved patched, by us or by
-    the reference, is patched anew: positions are tiled from those it has and global tokens made of
-    these. It keeps its global tokens with ``resize_lsg``, and where nothing else is asked for than
-    settings of the attention: then it is saved in our format as it is.
+    the reference, keeps its global tokens with ``resize_lsg``, and where nothing but settings of the
+    attention is asked for. Else it is patched anew, of the positions that it has.
 
     Args:
         source: a folder or a repository of the hub.
@@ -83,57 +88,57 @@ def convert(
         raise ValueError(
             f"out={folder!r} exists and is not empty: name another folder, or empty it"
         )
-    stated = found.config()
-    cls = None if architecture is None else named_class([without_prefix(architecture)])
+    said = found.config()
+    cls = None if architecture is None else named_class([architecture.removeprefix(PREFIX)])
     tokenizer, why = tokenizer_at(found.path)
-    if is_published(stated) or KEY in stated:
+    if is_published(said) or KEY in said:
         model = from_pretrained(found.path, cls)
     else:
-        for name, given in (
-            ("resize_lsg", resize_lsg),
-            ("keep_first_global_token", keep_first_global_token),
-        ):
+        options = {"resize_lsg": resize_lsg, "keep_first_global_token": keep_first_global_token}
+        for name, given in options.items():
             if given:
                 raise ValueError(f"{name}=True, but {found.path!r} is not patched: leave it out")
-        stored = found.stored()
-        check_stored(stored, quantized="quantization_config" in stated)
-        model, _ = load(found, stated, stored, cls, {})
+        model, _ = load(found, said, cls, {})
     model = model.float().eval()
     was = get_config(model) if is_patched(model) else None
+    if max_length is not None:
+        settings = {"max_position_embeddings": max_length, **settings}
     if was is None:
-        settings = {"max_position_embeddings": max_length or LENGTH, "seed": SEED, **settings}
-        config = LSGConfig(**settings)
+        defaults = {"max_position_embeddings": LENGTH, "seed": SEED}
+        config, kept = LSGConfig(**{**defaults, **settings}), False
     else:
-        length = {} if max_length is None else {"max_position_embeddings": max_length}
-        config = replace(was, **{**length, **settings})
+        config = replace(was, **settings)
+        new_rows = keep_first_global_token or any(name in settings for name in _OF_ROWS)
+        longer = config.max_position_embeddings != was.max_position_embeddings
+        kept = resize_lsg or not (new_rows or longer)
     base, family = find_base(model)
-    short = _short(model, tokenizer, config) if test else None
-    before = None if short is None else _outputs(base, short)
-    new_rows = keep_first_global_token or any(name in settings for name in _OF_ROWS)
-    kept = was is not None and (
-        resize_lsg
-        or not (new_rows or config.max_position_embeddings != was.max_position_embeddings)
-    )
+    stated: Any = base.config
+    table: Any = SimpleNamespace(padding_idx=stated.pad_token_id or 0)
+    offset = family.position_offset(table) if family.config_counts_offset else 0
+    # of up to two blocks, and no more than the source can read
+    reach = min(stated.max_position_embeddings - offset, config.max_position_embeddings, 128)
+    short = _ids(stated, tokenizer, min(2 * config.block_size, reach))
+    before = _outputs(base, short) if test else None
     if kept:
         changed = {name: value for name, value in vars(config).items() if value != vars(was)[name]}
         model = from_pretrained(found.path, cls, tokenizer=tokenizer, **changed).float()
     else:
-        first = global_embeddings(model)[:1].detach().clone() if keep_first_global_token else None
+        first = global_embeddings(model).detach()[:1].clone() if keep_first_global_token else None
         patch_model(unpatch_model(model) if was else model, config, tokenizer=tokenizer)
-        with torch.no_grad():
-            if config.num_global_tokens and family.token_types and not use_token_ids:
-                types = base.get_submodule(f"{family.embeddings}.{family.token_types}")
-                row: Any = types.weight
-                global_embeddings(model).sub_(row[0])
-            if config.num_global_tokens and first is not None:
-                global_embeddings(model).data[:1] = first
+        if config.num_global_tokens:
+            rows = global_embeddings(model).data
+            if family.token_types and not use_token_ids:
+                types: Any = base.get_submodule(f"{family.embeddings}.{family.token_types}")
+                rows -= types.weight.data[0]
+            if first is not None:
+                rows[:1] = first
     config = get_config(model)
     model.save_pretrained(folder)
+    made = "kept" if kept else "new, but the first" if keep_first_global_token else "new"
     lines = [
-        f"{type(model).__name__}: reads {config.max_position_embeddings} tokens, saved in {folder}"
+        f"{type(model).__name__}: reads {config.max_position_embeddings} tokens, saved in {folder}",
+        f"global tokens: {config.num_global_tokens}, {made}",
     ]
-    rows = "kept" if kept else "new, but the first" if keep_first_global_token else "new"
-    lines.append(f"global tokens: {config.num_global_tokens}, {rows}")
     if tokenizer is None:
         lines.append(f"tokenizer: none, {why}")
     else:
@@ -141,63 +146,44 @@ def convert(
         # before 4.34 nothing else is saved
         tokenizer.init_kwargs["model_max_length"] = config.max_position_embeddings
         tokenizer.save_pretrained(folder)
-    if short is None or before is None:
+    if before is None:
         return Conversion(tuple(lines), True)
-    same = _short_is_as_before(was, config, kept, use_token_ids)
+    if was is None:
+        stands_in = bool(config.mask_first_token) and config.pool_with_global and use_token_ids
+        same = config.num_global_tokens == 0 or (config.num_global_tokens == 1 and stands_in)
+    else:
+        same = kept and all(vars(was)[name] == vars(config)[name] for name in _OF_SHORT)
     tests, passed = _test(from_pretrained(folder), short, before, same)
     return Conversion((*lines, *tests), passed)
 
 
-def _short(model: nn.Module, tokenizer: Any, config: LSGConfig) -> Tensor:
-    """Ids (1, T) of up to two blocks, which the source can read as well; cls or bos is the first."""
-    base, _ = find_base(model)
-    stated: Any = base.config
-    length = min(2 * config.block_size, config.max_position_embeddings, 128)
-    reach = stated.max_position_embeddings - (stated.pad_token_id or 0) - 1
-    return _ids(stated, tokenizer, max(1, min(length, reach)))
-
-
 def _ids(stated: Any, tokenizer: Any, length: int) -> Tensor:
+    """Ids (1, length) that are drawn, none of padding; the first is cls or bos where there is one."""
     ids = torch.randint(stated.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    ids[ids == stated.pad_token_id] = (stated.pad_token_id or 0) + 1
+    ids[ids == stated.pad_token_id] = int(stated.pad_token_id == 0)
     with suppress(ValueError):  # without such a token there are no global tokens to stand in for it
         ids[0, 0] = find_token_ids(stated, tokenizer, needs_mask=False)[0]
     return ids
 
 
-def _outputs(base: nn.Module, ids: Tensor) -> Tensor:
-    more = {"decoder_input_ids": ids[:, :4]} if base.config.is_encoder_decoder else {}  # type: ignore[union-attr]
+def _outputs(base: Any, ids: Tensor) -> Tensor:
+    more = {"decoder_input_ids": ids[:, :4]} if base.config.is_encoder_decoder else {}
     with torch.no_grad():
         return base(input_ids=ids, **more)[0]  # type: ignore[no-any-return]
 
 
-def _short_is_as_before(
-    was: LSGConfig | None, now: LSGConfig, kept: bool, use_token_ids: bool
-) -> bool:
-    """Whether a short input's outputs are to be those of the source."""
-    names = (
-        "mask_first_token",
-        "pool_with_global",
-        "num_global_tokens",
-        "pass_global_tokens_to_decoder",
-    )
-    if was is not None:
-        return kept and all(getattr(was, name) == getattr(now, name) for name in names)
-    stands_in = bool(now.mask_first_token) and now.pool_with_global and use_token_ids
-    return now.num_global_tokens == 0 or (now.num_global_tokens == 1 and stands_in)
-
-
 def _test(model: nn.Module, short: Tensor, before: Tensor, same: bool) -> tuple[list[str], bool]:
+    """Whether ``short`` has the outputs ``before``, if they are to be the ``same``; and a long input."""
     base, _ = find_base(model.eval())
     difference = (_outputs(base, short) - before).abs().max().item()
     fits = difference <= TOLERANCE * max(1.0, before.abs().max().item())
-    said = f"short input ({short.shape[1]} tokens): largest difference {difference:.1e}, "
+    said = "as before" if fits else "NOT as before"
     if not same:
-        said += "it may differ: global tokens are seen besides its own, or are others than before"
-    else:
-        said += "as before" if fits else "NOT as before"
+        said = "it may differ: global tokens are seen besides its own, or are others than before"
     length = get_config(model).max_position_embeddings
-    long = _outputs(base, _ids(base.config, None, length))
-    finite = bool(torch.isfinite(long).all())
-    lines = [said, f"long input ({length} tokens): {'finite' if finite else 'NOT finite'}"]
+    finite = bool(_outputs(base, _ids(base.config, None, length)).isfinite().all())
+    lines = [
+        f"short input ({short.shape[1]} tokens): largest difference {difference:.1e}, {said}",
+        f"long input ({length} tokens): {'finite' if finite else 'NOT finite'}",
+    ]
     return lines, finite and (fits or not same)

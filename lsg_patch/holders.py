@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from torch import nn
 
@@ -39,11 +42,18 @@ def module_of(holder: Any) -> Any:
 def owners_of(holder: Any, base: nn.Module) -> list[Any]:
     """What tokenizes for ``base``: the innermost module around it that can, and a pipeline."""
     module = module_of(holder)
-    around = [outer for outer in module.modules() if any(x is base for x in outer.modules())]
+    around = modules_around(module, base).values()
     owners = [outer for outer in around if tokenizer_in(outer) is not None][-1:]
     if holder is not module and tokenizer_in(holder) is not None:
         owners.append(holder)
     return owners
+
+
+def modules_around(root: nn.Module, inner: nn.Module) -> dict[str, nn.Module]:
+    """``root``, ``inner`` and all between them by their paths, from the outside in."""
+    path = next(name for name, module in root.named_modules() if module is inner)
+    paths = ["", *accumulate(path.split("."), "{}.{}".format)] if path else [""]
+    return {name: root.get_submodule(name) for name in paths}
 
 
 def tokenizer_in(owner: Any) -> Any:
@@ -66,21 +76,24 @@ def set_limits(
     Args:
         readable: how many tokens the unpatched model reads; None: any number.
     """
-    found = False
-    for owner in (*owners, None):
-        source = tokenizer if owner is None else tokenizer_in(owner)
-        for target, name in _limits_of(owner, source):
-            found = True
-            change = LimitSet(target, name, _get(target, name), length, readable)
-            if change.old == length:
-                continue
-            if owner is None:
-                journal.record(Outside(change))
-            else:
-                _record_on(owner, journal).record(change)
-            change.put(length)
+    # an object and the name of its attribute, and who has it; None: nobody
+    limits = [(owner, *limit) for owner in owners for limit in _limits_of(owner)]
+    if hasattr(tokenizer, "model_max_length"):
+        limits.append((None, tokenizer, "model_max_length"))
+    for owner, target, name in limits:
+        change = LimitSet(target, name, getattr(target, name), length, readable)
+        if owner is None:
+            journal.record(Outside(change))
+        else:
+            _record_on(owner, journal).record(change)
+        if change.old != length:
+            setattr(target, name, length)
             shown = type(target if owner is None else owner).__name__
-            logger.info("%s of %s is %d instead of %s", name, shown, length, change.old)
+            logger.info("%s of %s is %d instead of %d", name, shown, length, change.old)
+    for owner in owners:
+        if _reads_windows(owner):
+            given = {**owner._preprocess_params, "max_seq_len": length}
+            _record_on(owner, journal).set_attribute(owner, "_preprocess_params", given)
     chosen = [text for owner in owners for text in _chosen(owner, vars(owner), length)]
     if chosen:
         logger.warning(
@@ -88,7 +101,7 @@ def set_limits(
             ", ".join(chosen),
             length,
         )
-    return found
+    return bool(limits)
 
 
 def _record_on(owner: Any, journal: Journal) -> Journal:
@@ -100,22 +113,25 @@ def _record_on(owner: Any, journal: Journal) -> Journal:
     return own
 
 
-def _limits_of(owner: Any, tokenizer: Any) -> Iterator[tuple[Any, str]]:
-    """The places of all limits that nobody chose for one use: an object or a dictionary, and a name."""
-    if hasattr(tokenizer, "model_max_length"):
-        yield tokenizer, "model_max_length"
-    own = {} if owner is None else vars(owner)
+def _limits_of(owner: Any) -> Iterator[tuple[Any, str]]:
+    """All limits that nobody chose for one use."""
+    yield tokenizer_in(owner), "model_max_length"
     for name in OWN_LIMITS:
         # None: the tokenizer's
-        if isinstance(own.get(name), int):
+        if isinstance(vars(owner).get(name), int):
             yield owner, name
-    parameters = own.get("_preprocess_params")
-    if isinstance(parameters, dict) and getattr(tokenizer, "is_fast", False):
-        # question answering cuts a text to windows of 384 tokens unless it is told a length;
-        # with a slow tokenizer it would pad to that length
-        takes = inspect.signature(owner.preprocess).parameters
-        if "max_seq_len" in takes and "max_seq_len" not in parameters:
-            yield parameters, "max_seq_len"
+
+
+def _reads_windows(owner: Any) -> bool:
+    """Whether it is a pipeline that cuts a text to windows of 384 tokens unless it is told a length.
+
+    That for question answering does; with a slow tokenizer it would pad to the length.
+    """
+    given = vars(owner).get("_preprocess_params")
+    if not isinstance(given, dict) or "max_seq_len" in given:
+        return False
+    takes = inspect.signature(owner.preprocess).parameters
+    return "max_seq_len" in takes and bool(getattr(tokenizer_in(owner), "is_fast", False))
 
 
 def _chosen(owner: Any, space: dict[str, Any], length: int) -> Iterator[str]:
@@ -126,35 +142,40 @@ def _chosen(owner: Any, space: dict[str, Any], length: int) -> Iterator[str]:
             yield from _chosen(owner, value, length)
 
 
-def _get(target: Any, name: str) -> Any:
-    return target.get(name) if isinstance(target, dict) else getattr(target, name)
-
-
-@dataclass
+@dataclass(eq=False)
 class LimitSet(Change):
-    """One limit, ``name`` of an object or in a dictionary; ``old`` None: there was none."""
+    """One limit, the attribute ``name`` of ``target``."""
 
     target: Any
     name: str
-    old: int | None
+    old: int
     new: int
     readable: int | None
 
-    def put(self, value: int | None) -> None:
-        if not isinstance(self.target, dict):
-            setattr(self.target, self.name, value)
-        elif value is None:
-            self.target.pop(self.name, None)
-        else:
-            self.target[self.name] = value
+    def __post_init__(self) -> None:
+        with _one_at_a_time:
+            _in_force.add(self)
 
     def undo(self) -> None:
-        """A limit that was set by hand stays, if the unpatched model reads so many tokens."""
-        value = _get(self.target, self.name)
-        allowed = [limit for limit in (self.old, self.readable) if limit is not None]
+        """A limit that was set by hand stays, if the unpatched model reads so many tokens.
+
+        That of a tokenizer which another patched model has as well is left to that one's revert.
+        """
+        with _one_at_a_time:
+            _in_force.discard(self)
+            for other in _in_force:
+                same = other.target is self.target and other.name == self.name
+                if same and other.old == self.new:
+                    other.old = self.old
+                    return
+        value = getattr(self.target, self.name)
         by_hand = isinstance(value, int) and value != self.new
-        if not (by_hand and value <= min(allowed, default=value)):
-            self.put(self.old)
+        if not by_hand or value > min(self.old, self.readable or self.old):
+            setattr(self.target, self.name, self.old)
+
+
+_in_force: WeakSet[LimitSet] = WeakSet()
+_one_at_a_time = threading.Lock()
 
 
 @dataclass

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lsg_patch.families import family_of
 
@@ -20,44 +20,38 @@ _WIDTHS = ("hidden_size", "d_model", "dim")
 _HARMLESS, _FEW_LAYERS = 2**24, 100
 # generation has a word for one of its choices
 _ALSO_WORDS = ("early_stopping",)
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # of weights whose numbers are no floating-point ones
 _INDICES = re.compile(r"(^|\.|_)(ids|num_batches_tracked|index)$")
 _MEND = "correct it, or save or fetch the checkpoint again"
 
 
-class Stored(NamedTuple):
-    """A weight as a file has it; ``dtype`` is torch's name."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def check_config(stated: Mapping[str, Any], default: Any, stored: Mapping[str, Stored]) -> None:
-    """What ``config.json`` says is of the types that ``default``, a config of its class, has, and no
-    size makes a weight larger than all weights that are ``stored``.
+def check_config(
+    stated: Mapping[str, Any], defaults: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> None:
+    """What ``config.json`` says is of the types that the ``defaults`` of its class have, and no size
+    makes a weight larger than all the ``weights`` are.
 
     Raises:
         ValueError: it names the key, its value and the mend.
     """
     width = next((stated[name] for name in _WIDTHS if type(stated.get(name)) is int), 1)
-    total = sum(math.prod(weight.shape) for weight in stored.values())
+    total = sum(weight.numel() for weight in weights.values())
     for name, value in stated.items():
         where = f"config.json has {name}={_short(value)}"
-        kinds = _kinds(name, vars(default).get(name))
+        kinds = _kinds(name, defaults.get(name))
         if kinds and value is not None and type(value) not in kinds:
             raise ValueError(f"{where}, which must be of type {kinds[0].__name__}: {_MEND}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where}, which must be finite: {_MEND}")
         if isinstance(value, dict) and "model_type" in value:
-            check_config(value, SimpleNamespace(), stored)
+            check_config(value, {}, weights)
         size, count = _SIZES.search(name), _COUNTS.search(name)
         if not (size or count) or not isinstance(value, (int, float)) or value is True:
             continue
         if type(value) is float or value < 0:
             raise ValueError(f"{where}, which must be a whole number from 0 on: {_MEND}")
-        most = max(total, _HARMLESS) // max(1, width) if size else max(len(stored), _FEW_LAYERS)
+        most = max(total, _HARMLESS) // max(1, width) if size else max(len(weights), _FEW_LAYERS)
         if value > most:
             raise ValueError(f"{where}, more than the {total} numbers of its weights make: {_MEND}")
     for name in ("attn_implementation", "_attn_implementation"):
@@ -74,18 +68,18 @@ def _kinds(name: str, default: Any) -> tuple[type, ...]:
     return (int, float) if type(default) in (int, float) else (type(default),)
 
 
-def check_stored(stored: Mapping[str, Stored], quantized: bool) -> None:
-    """All weights are floating-point numbers, if they are not ``quantized``.
+def check_weights(path: str, weights: Mapping[str, Tensor], quantized: bool) -> None:
+    """There are some, and all are floating-point numbers, if they are not ``quantized``.
 
     Raises:
-        ValueError: there are no weights, or one is of another type.
+        ValueError: there are none, or one is of another type.
     """
-    if not stored:
-        raise ValueError(f"the checkpoint has no file of weights, or an empty one: {_MEND}")
-    for name, weight in stored.items():
+    if not weights:
+        raise ValueError(f"{path!r} has no file of weights, or an empty one: {_MEND}")
+    for name, weight in weights.items():
         if not quantized and weight.dtype not in _FLOATS and not _INDICES.search(name):
             raise ValueError(
-                f"{weight.file} has {name} as torch.{weight.dtype}, weights are {', '.join(_FLOATS)}: "
+                f"{path!r} has {name} as {weight.dtype}, weights are {', '.join(map(str, _FLOATS))}: "
                 f"{_MEND}"
             )
 
@@ -94,35 +88,38 @@ def check_loaded(
     path: str,
     model: nn.Module,
     info: Mapping[str, Any],
-    stored: Mapping[str, Stored],
+    stored: Collection[str],
     whole: bool,
     resized: bool,
 ) -> None:
     """Every weight of ``model`` came from the checkpoint, and every one there has a place in it.
 
     Args:
-        info: what ``from_pretrained`` says of the load.
+        info: what ``from_pretrained`` says of the load; ``stored``: the names of the weights.
         whole: the class is the one that was saved; else a head may be new, or left out.
         resized: other shapes are what the caller asked for.
 
     Raises:
         ValueError: it names the weights.
     """
-    missing = set(info["missing_keys"])
     family = family_of(getattr(model, "base_model", model))
     # 4.x says nothing of a table of words that only a head has, and makes a new one
     words = f"{family.embeddings}.{family.words}.weight" if family else ""
     if not any(name.endswith((words, "shared.weight")) for name in stored):
         raise ValueError(f"{path!r} lacks {words}: {_MEND}")
-    found = {
+    missing = set(info["missing_keys"])
+    shared: dict[int, set[str]] = {}
+    for name, parameter in model.state_dict(keep_vars=True).items() if missing else ():
+        shared.setdefault(id(parameter), set()).add(name)
+    for names in shared.values():
+        if not names <= missing:
+            missing -= names  # tied to a weight that was read
+    found: dict[str, Iterable[str]] = {
         "lacks": missing,
-        "has no place in the model for": set(info["unexpected_keys"]),
-        "has of another shape": set()
-        if resized
-        else {_named(item) for item in info["mismatched_keys"]},
+        "has no place in the model for": info["unexpected_keys"],
+        "has of another shape": [] if resized else map(_named, info["mismatched_keys"]),
     }
-    if not any(found.values()):
-        return
+    # without its head, the model's part that is patched alone
     parts = [
         f"{name}.{part}." if name else f"{part}."
         for name, module in model.named_modules()
@@ -130,24 +127,19 @@ def check_loaded(
         for part in (family.embeddings, family.stack, family.decoder)
         if part
     ]
-    shared: dict[int, set[str]] = {}
-    for name, parameter in model.state_dict(keep_vars=True).items():
-        shared.setdefault(id(parameter), set()).add(name)
-    # what is tied to a weight that was read
-    missing -= {name for names in shared.values() if not names <= missing for name in names}
-    for what, names in found.items():
-        wrong = sorted(name for name in names if _counts(name, parts, whole))
+    for what, named in found.items():
+        wrong = sorted(
+            name
+            for name in named
+            if not _INDICES.search(name)
+            and not name.endswith("global_embeddings.weight")
+            and (whole or any(f".{part}" in f".{name}" for part in parts))
+        )
         if wrong:
             raise ValueError(
                 f"{path!r} {what} {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}: config.json and "
                 f"weights of {type(model).__name__} do not fit; {_MEND}"
             )
-
-
-def _counts(name: str, parts: Collection[str], whole: bool) -> bool:
-    if _INDICES.search(name) or name.endswith("global_embeddings.weight"):
-        return False
-    return whole or any(f".{part}" in f".{name}" for part in parts)
 
 
 def _named(item: Any) -> str:

@@ -12,10 +12,9 @@ from torch import nn
 class CheckStateDict:
     """A hook before a patched base model loads a state dict, which refuses one of an unpatched model.
 
-    That is one that has everything but the global tokens: perhaps of a model that was loaded from the
-    checkpoint of a patched one, and dropped them. PyTorch finds out what does not fit when it has
-    loaded the rest, and does not tell hooks whether it is strict. A part of a state dict may lack
-    global tokens.
+    That is one that has everything but the global tokens; a part of a state dict may lack them.
+    PyTorch finds out what does not fit when it has loaded the rest, and does not tell hooks whether
+    it is strict.
 
     Attributes:
         name: of the global tokens.
@@ -38,8 +37,8 @@ class CheckStateDict:
                 "checkpoint's file itself (safetensors.torch.load_file). To keep the global tokens that "
                 "this model has, load {**model.state_dict(), **state_dict}"
             )
-        for name in own.keys() & {prefix + table for table in self.tables} - missing:
-            rows, loaded = own[name].shape[0], state_dict[name].shape[0]
+        for name in {prefix + table for table in self.tables} & own.keys() - missing:
+            rows, loaded = len(own[name]), len(state_dict[name])
             if rows != loaded:
                 raise RuntimeError(
                     f"nothing was loaded: {name} has {loaded} rows in the state dict and {rows} in the "
@@ -57,7 +56,8 @@ def check_adapters(model: nn.Module, name: str) -> None:
         ValueError: there is one.
     """
     for module in model.modules():
-        adapters = getattr(module, "peft_config", None)
+        held = vars(module)
+        adapters = held.get("peft_config", held.get("_peft_config"))
         for adapter, config in adapters.items() if isinstance(adapters, dict) else ():
             if name in (getattr(config, "modules_to_save", None) or ()):
                 raise ValueError(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -22,14 +23,15 @@ __all__ = ["PeakMemory", "peak_memory"]
 
 @dataclass
 class PeakMemory:
-    """What was allocated inside a `peak_memory()` block; updated while the block runs."""
+    """What was allocated inside a `peak_memory()` block; updated while the block runs.
+
+    `peak_bytes` is the most bytes of tensor storage that were alive at once; `largest_numel` and
+    `largest_shape` are those of the largest single tensor.
+    """
 
     peak_bytes: int = 0
-    """The most bytes of tensor storage, allocated inside the block, that were alive at once."""
     largest_numel: int = 0
-    """Number of elements of the largest single tensor allocated inside the block."""
-    largest_shape: tuple[int, ...] = field(default=())
-    """The shape of that tensor."""
+    largest_shape: tuple[int, ...] = ()
 
 
 class _AllocationCounter(TorchDispatchMode):
@@ -43,15 +45,8 @@ class _AllocationCounter(TorchDispatchMode):
         # is a key here. Weak references are asked rather than finalizers registered, because a
         # storage's Python object is not kept alive with its storage before torch 2.2.
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._bytes = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # Under inference_mode composite operations arrive whole (a `matmul`, an attention): what
         # they allocate inside is seen only if they are taken apart here.
@@ -63,42 +58,32 @@ class _AllocationCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         # A storage that came in is not new: views, in-place and out= operations. `lift_fresh` is
         # the exception: it is how `torch.tensor(...)` hands over the tensor it has just made.
-        given = set()
-        if func is not torch.ops.aten.lift_fresh.default:
-            given = {s._cdata for _, s in _storages((args, kwargs))}
-        self._forget_dead()
+        fresh = func is torch.ops.aten.lift_fresh.default
+        given = set() if fresh else {s._cdata for _, s in _storages((args, kwargs))}
+        self._alive = {key: x for key, x in self._alive.items() if not x[0].expired()}
         for tensor, storage in _storages(out):
             self._see(tensor, storage, given)
-        self.result.peak_bytes = max(self.result.peak_bytes, self._bytes)
+        alive = sum(size for _, size in self._alive.values())
+        self.result.peak_bytes = max(self.result.peak_bytes, alive)
         return out
 
-    def _see(self, tensor: torch.Tensor, storage: torch.UntypedStorage, given: set[int]) -> None:
+    def _see(self, tensor: Tensor, storage: torch.UntypedStorage, given: set[int]) -> None:
         key, size = storage._cdata, storage.nbytes()
         known = self._alive.get(key)
         if known is None and key in given:
             return  # made before the block, or not by torch
-        if known is None:
-            self._alive[key] = (StorageWeakRef(storage), size)
-            self._bytes += size
-        elif known[1] != size:  # resized in place, e.g. by an out= operation
-            self._alive[key] = (known[0], size)
-            self._bytes += size - known[1]
-        else:
-            return
+        if known is not None and known[1] == size:
+            return  # else it was resized in place, e.g. by an out= operation
+        self._alive[key] = (known[0] if known else StorageWeakRef(storage), size)
         if tensor.numel() > self.result.largest_numel:
             self.result.largest_numel = tensor.numel()
             self.result.largest_shape = tuple(tensor.shape)
 
-    def _forget_dead(self) -> None:
-        dead = [key for key, (reference, _) in self._alive.items() if reference.expired()]
-        for key in dead:
-            self._bytes -= self._alive.pop(key)[1]
 
-
-def _storages(tree: Any) -> Iterator[tuple[torch.Tensor, torch.UntypedStorage]]:
+def _storages(tree: Any) -> Iterator[tuple[Tensor, torch.UntypedStorage]]:
     """The tensors in `tree` that have a storage (sparse and wrapper tensors may have none)."""
     for leaf in tree_flatten(tree)[0]:
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
             try:
                 yield leaf, leaf.untyped_storage()
             except (NotImplementedError, RuntimeError):  # a wrapper tensor has no storage to count
@@ -108,10 +93,6 @@ def _storages(tree: Any) -> Iterator[tuple[torch.Tensor, torch.UntypedStorage]]:
 @contextmanager
 def peak_memory() -> Iterator[PeakMemory]:
     """Measure the tensor memory (in bytes) of the operations in the `with` body.
-
-        with peak_memory() as memory:
-            model(**inputs)
-        memory.peak_bytes, memory.largest_numel
 
     Counted are storages that operations of this thread return: each once, whatever views of it
     there are, from its making until nothing refers to it. Not counted are tensors made before

@@ -34,10 +34,10 @@ def value_of(module: nn.Module, name: str = "weight") -> Tensor:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where an input of ``module`` may be, and what is made for it."""
-    for tensor in chain(module.parameters(), module.buffers()):
-        kept = tensor.is_meta and any(map(keeper_of, module.modules()))
-        return torch.device("cpu") if kept else tensor.device
-    return torch.device("cpu")
+    tensor = next(chain(module.parameters(), module.buffers()), None)
+    if tensor is None or (tensor.is_meta and any(map(keeper_of, module.modules()))):
+        return torch.device("cpu")
+    return tensor.device
 
 
 def keep(module: nn.Module, name: str, values: Tensor) -> Tensor:

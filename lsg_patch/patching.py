@@ -7,11 +7,11 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import FAMILIES, Family, find_base
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 GLOBAL_EMBEDDINGS = "global_embeddings"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Patch(Journal):
     """What a patched base model carries: the record of all changes, and the settings.
 
@@ -42,21 +42,21 @@ class Patch(Journal):
     ``saved`` what it says under ``KEY``.
     """
 
-    config: LSGConfig = field(kw_only=True)
-    family: str = field(kw_only=True)
-    stated_length: int | None = field(kw_only=True)
-    patched_length: int = field(kw_only=True)
-    saved: dict[str, Any] = field(kw_only=True)
+    config: LSGConfig
+    family: str
+    stated_length: int | None
+    patched_length: int
+    saved: dict[str, Any]
 
 
 def _settings_once(patch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Refuse settings beside an ``LSGConfig``, also those that happen to be the defaults."""
     signature = inspect.signature(patch)
+    names = {field.name for field in fields(LSGConfig)} - {"block_size"}
 
     @functools.wraps(patch)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         given = signature.bind(*args, **kwargs).arguments
-        names = {field.name for field in fields(LSGConfig)} - {"block_size"}
         others = [name for name in given if name in names]
         if others and isinstance(given.get("block_size"), LSGConfig):
             raise TypeError(
@@ -95,15 +95,12 @@ def patch_model(
 
     The model stays what it is: its class, its heads, its parameters (only the position table is a
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
-    In an encoder-decoder the encoder's self-attention is patched; the decoder's and the cross
-    attention stay full, and only the decoder's position table grows as the encoder's does.
-    A decoder (``config.is_decoder``) attends block by block to what stands before each token. It
-    keeps keys and values as the unpatched one does; a step that is given a cache sees all of it.
-    Cross attention stays as it is.
-    ``position_ids`` that are given are taken as they are: an input that has them may be longer than
-    ``max_position_embeddings``. Hooks of yours on modules inside the layer stack see its rows,
-    [global tokens | tokens | padding to whole blocks], not those of the input; of a batch that is run
-    unpadded (``unpad``) those of all sequences one after the other, as a batch of one.
+    In an encoder-decoder the encoder's self-attention is patched, and the decoder's position table
+    grows as the encoder's does. A decoder (``config.is_decoder``) attends block by block to what
+    stands before each token; a step that is given a cache sees all of it. Cross attention stays.
+    ``position_ids`` that are given are taken as they are, also beyond ``max_position_embeddings``.
+    Hooks of yours inside the layer stack see its rows, [global tokens | tokens | padding to whole
+    blocks]; of a batch that is run unpadded those of all sequences in one.
 
     Args:
         model: a model of a supported family, with or without a head, or a module that holds one
@@ -120,70 +117,41 @@ def patch_model(
         ``model`` itself.
 
     Raises:
-        ValueError: a setting is wrong, two do not fit, the model is patched already, is told to be a
-            decoder and is none, has relative positions, cannot be run unpadded, has an adapter that
-            was to train global tokens, or a token id is not to be found.
+        ValueError: a setting is wrong, two do not fit, or the model cannot be patched as it is.
         TypeError: ``model`` is not of a supported family.
 
     A patch that fails leaves the model as it was.
     """
     if isinstance(block_size, LSGConfig):
-        config = block_size
-    else:
-        given = dict(locals())
-        config = LSGConfig(**{field.name: given[field.name] for field in fields(LSGConfig)})
-    base, family = find_base(module_of(model))
-    if KEY in vars(base.config) and not is_patched(base):
-        logger.warning(
-            "%s was saved patched and loaded without that: it is patched anew, with new global tokens. "
-            "lsg_patch.from_pretrained loads it as it was saved",
-            type(base).__name__,
-        )
-    return _patch(model, base, family, config, tokenizer)
+        return patch_with(model, block_size, tokenizer)
+    given = dict(locals())
+    config = LSGConfig(**{field.name: given[field.name] for field in fields(LSGConfig)})
+    return patch_with(model, config, tokenizer)
 
 
-def patch_loaded(
-    model: Model,
-    config: LSGConfig,
-    *,
-    global_rows: Tensor | None,
-    global_reach: int | None = None,
-    bos_id: int | None = None,
-    tokenizer: Any = None,
+def patch_with(
+    model: Model, config: LSGConfig, tokenizer: Any = None, saved: SavedGlobals | None = None
 ) -> Model:
-    """Patch a model that was just loaded from a checkpoint of a patched one.
+    """``patch_model`` with all settings in one, also of a model that was ``saved`` patched.
 
-    Its positions are as many as that had, and are taken as they are, unless ``config`` has another
-    number of them. A revert gives the model that was loaded, without ``KEY`` in its config.
-
-    Args:
-        global_rows: (n, width), the first global tokens, of which no token id is looked up. Those
-            that are missing are new ones.
-        global_reach, bos_id: see ``SavedPatch``.
-
-    Raises:
-        As ``patch_model``.
+    Of such a model the positions are taken as they are, unless ``config`` has another number of them,
+    and the saved global tokens come first. A revert gives the model that was loaded, without ``KEY``
+    in its config.
     """
-    base, family = find_base(module_of(model))
-    saved = SavedGlobals(global_rows, global_reach, bos_id)
-    return _patch(model, base, family, config, tokenizer, saved)
-
-
-def _patch(
-    model: Model,
-    base: nn.Module,
-    family: Family,
-    config: LSGConfig,
-    tokenizer: Any,
-    saved: SavedGlobals | None = None,
-) -> Model:
     module = module_of(model)
-    config = config.with_family_default(family.begins_with_cls)
+    base, family = find_base(module)
     if any(True for _ in records_of(base)):
         raise ValueError(
             f"{type(base).__name__}, or a module in it, is patched already: unpatch_model(model) first, "
             "then patch it anew"
         )
+    if saved is None and KEY in vars(base.config):
+        logger.warning(
+            "%s was saved patched and loaded without that: it is patched anew, with new global tokens. "
+            "lsg_patch.from_pretrained loads it as it was saved",
+            type(base).__name__,
+        )
+    config = config.with_family_default(family.begins_with_cls)
     check_adapters(module, GLOBAL_EMBEDDINGS)
     owners = owners_of(model, base)
     ids_from = tokenizer_in(owners[0]) if tokenizer is None and owners else tokenizer
@@ -193,11 +161,12 @@ def _patch(
         if not plan.can_unpad:
             config = replace(config, unpad=False)
         length, reach = config.max_position_embeddings, plan.global_reach
+        stated = getattr(base.config, "max_position_embeddings", None)
         patch = Patch(
             base,
             config=config,
             family=family.name,
-            stated_length=getattr(base.config, "max_position_embeddings", None),
+            stated_length=stated,
             patched_length=length + plan.config_offset,
             saved=SavedPatch(config, reach and min(reach, length), plan.bos_id).to_dict(),
         )
@@ -207,15 +176,13 @@ def _patch(
                     vars(model_config).pop(KEY, None)
                 patch.set_attribute(model_config, KEY, patch.saved)
             _apply(base, family, config, plan, patch)
-            stated = patch.stated_length
             readable = None if stated is None else stated - plan.config_offset
             limited = set_limits(owners, tokenizer, length, readable, patch)
         except BaseException:
             patch.undo()
             raise
-    if (
-        not limited and saved is None
-    ):  # who loads a model that is patched, loads its tokenizer as well
+    # who loads a model that is patched, loads its tokenizer as well
+    if not limited and saved is None:
         logger.warning(
             "no tokenizer was given, and the model holds none: its inputs may go on being truncated "
             "elsewhere, at a tokenizer's model_max_length; tokenizer= raises that to %d",
@@ -225,7 +192,7 @@ def _patch(
         "patched %s: %d attention modules, %d positions, %d global tokens",
         type(base).__name__,
         len(plan.attentions),
-        config.max_position_embeddings,
+        length,
         config.num_global_tokens,
     )
     return model
@@ -253,7 +220,6 @@ def unpatch_model(model: Model) -> Model:
     if not records:
         _require_patched(model)
     check_revert(module, records)
-    bases = _patches(model)
     failed: Exception | None = None
     with torch.inference_mode(False):
         # a base model comes before what is in it, the records of which are mostly empty by their turn
@@ -263,10 +229,10 @@ def unpatch_model(model: Model) -> Model:
             except Exception as error:
                 failed = error
     # a config that was put in the place of the one that was changed states the same too
-    for base, patch in bases:
-        if patch.changes:
+    for name, patch in records.items():
+        if not isinstance(patch, Patch) or patch.changes:
             continue
-        for config in configs_around(module, base).values():
+        for config in configs_around(module, module.get_submodule(name)).values():
             if vars(config).get(KEY) == patch.saved:
                 delattr(config, KEY)
             if getattr(config, "max_position_embeddings", None) == patch.patched_length:
@@ -354,12 +320,12 @@ def _apply(
         if tables[0].num_embeddings == plan.offset + length:
             continue  # as many rows as wanted: they are taken as they are
         rows = value_of(tables[0]).detach()
-        resized = family.computed_positions(rows, plan.offset, length, base.config)
-        stretched = False
-        if resized is None:
+        computed = family.computed_positions(rows, plan.offset, length, base.config)
+        if computed is None:
             resized = RESIZED[config.positions](rows, plan.offset, length)
-            stretched = config.positions == "interpolate"
-        resize_positions(tables, resized, journal, stretched)
+            resize_positions(tables, resized, journal, config.positions == "interpolate")
+        else:
+            resize_positions(tables, computed, journal)
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
     for model_config in plan.configs.values():
         journal.set_attribute(model_config, "max_position_embeddings", length + plan.config_offset)

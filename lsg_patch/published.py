@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from lsg_patch.config import KEY, MAX_GLOBAL_TOKENS, LSGConfig, SavedPatch
 from lsg_patch.families import FAMILIES
 
+# before the names of classes of transformers
 PREFIX = "LSG"
 # families that the reference has
-NAMES = (
-    "albert",
-    "bart",
-    "bert",
-    "camembert",
-    "distilbert",
-    "electra",
-    "mbart",
-    "pegasus",
-    "roberta",
-    "xlm-roberta",
-)
+NAMES: tuple[str, ...] = ("albert", "bart", "bert", "camembert", "distilbert", "electra")
+NAMES += ("mbart", "pegasus", "roberta", "xlm-roberta")
 # what the reference takes where a config does not say it; our own defaults are others
 DEFAULTS: dict[str, Any] = {
     "adaptive": True,
@@ -38,11 +29,6 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def without_prefix(architecture: str) -> str:
-    """The class of transformers that a class of the reference is made from."""
-    return architecture.removeprefix(PREFIX)
-
-
 def is_published(stated: Mapping[str, Any]) -> bool:
     """Whether a config, as JSON, is one that the reference wrote."""
     names = stated.get("architectures")
@@ -51,56 +37,49 @@ def is_published(stated: Mapping[str, Any]) -> bool:
     return KEY not in stated and (of_reference or stated.get("base_model_prefix") == "lsg")
 
 
-def is_decoder_alone(stated: Mapping[str, Any]) -> bool:
-    """Whether the model has no encoder: the reference leaves such decoders as they are."""
-    family = FAMILIES.get(str(stated.get("model_type")))
-    names = stated.get("architectures") or [""]
-    return family is not None and bool(family.decoder) and str(names[0]).endswith("ForCausalLM")
-
-
 def as_ours(stated: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
     """A config of the reference as one of transformers with our ``KEY``, and the settings ``changed``.
 
-    Nothing that names code is left in it. Its 512 global tokens are a matter of the weights.
+    Nothing that names code is left in it. Its 512 global tokens are a matter of the weights. Without
+    ``KEY``, if it is that of a decoder alone, which the reference leaves as it is.
 
     Raises:
         ValueError: it is of no family that the reference has, or says something wrong.
     """
-    kind, length = stated.get("model_type"), stated.get("max_position_embeddings", 0)
+    where = "config.json of an LSG checkpoint"
+    kind, names = stated.get("model_type"), stated.get("architectures") or []
+    length, padding = stated.get("max_position_embeddings", 0), stated.get("pad_token_id", 1)
     if kind not in NAMES:
         raise ValueError(
-            f"config.json of an LSG checkpoint has model_type={kind!r}, not one of {', '.join(NAMES)}: "
-            "correct it"
+            f"{where} has model_type={kind!r}, not one of {', '.join(NAMES)}: correct it"
         )
-    names = stated.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"config.json has architectures={names!r}, which must be a list of class names: correct it"
+            f"{where} has architectures={names!r}, which must be a list of class names: correct it"
         )
-    family, padding = FAMILIES[kind], stated.get("pad_token_id", 1)
     for name, value in (("max_position_embeddings", length), ("pad_token_id", padding)):
         if type(value) is not int:
-            raise ValueError(f"config.json has {name}={value!r}, no whole number: correct it")
-    table: Any = SimpleNamespace(padding_idx=padding)
+            raise ValueError(f"{where} has {name}={value!r}, no whole number: correct it")
+    family, table = FAMILIES[kind], cast("Any", SimpleNamespace(padding_idx=padding))
     said = {name: stated.get(name, default) for name, default in DEFAULTS.items()}
     offset = family.position_offset(table) if family.config_counts_offset else 0
     said["max_position_embeddings"] = length - offset
     if family.decoder is None:
         said["pass_global_tokens_to_decoder"] = False
     said.update(changed)
-    number = said["num_global_tokens"]
-    if "num_global_tokens" not in changed and number == 0:
+    if "num_global_tokens" not in changed and said["num_global_tokens"] == 0:
         raise ValueError(
-            "config.json of an LSG checkpoint has num_global_tokens=0, where the reference takes 1: pass "
-            f"num_global_tokens, from 0 to {MAX_GLOBAL_TOKENS}"
+            f"{where} has num_global_tokens=0, where the reference takes 1: pass num_global_tokens, "
+            f"from 0 to {MAX_GLOBAL_TOKENS}"
         )
     try:
         saved = SavedPatch(LSGConfig(**said))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"config.json of an LSG checkpoint, or a keyword: {error}. Pass another value as keyword"
+            f"{where}, or a keyword: {error}. Pass another value as keyword"
         ) from error
     dropped = {*DEFAULTS, "auto_map", "base_model_prefix"}
     ours = {name: value for name, value in stated.items() if name not in dropped}
-    ours["architectures"] = [without_prefix(name) for name in names]
-    return ours if is_decoder_alone(ours) else {**ours, KEY: saved.to_dict()}
+    ours["architectures"] = [name.removeprefix(PREFIX) for name in names]
+    decoder_alone = family.decoder and names and names[0].endswith("ForCausalLM")
+    return ours if decoder_alone else {**ours, KEY: saved.to_dict()}

@@ -5,11 +5,10 @@ It is read before torch is, and by any Python 3: what is missing or too old is s
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 import warnings
-from importlib import metadata
+from importlib import metadata, util
 
 PYTHON = (3, 10)
 # pyproject.toml says the same
@@ -28,44 +27,28 @@ def check() -> None:
         UserWarning: transformers is newer than any that was tested.
     """
     if sys.version_info < PYTHON:
-        raise ImportError(
-            f"lsg_patch needs Python {_dotted(PYTHON)} or later; "
-            f"this is {_dotted(tuple(sys.version_info[:3]))}"
-        )
-    versions = {name: _installed(name) for name in FLOORS}
+        this = _dotted(tuple(sys.version_info[:3]))
+        raise ImportError(f"lsg_patch needs Python {_dotted(PYTHON)} or later; this is {this}")
     for name, floor in FLOORS.items():
-        version, mend = versions[name], f"pip install '{name}>={_dotted(floor)}'"
-        if version is None:
+        mend = f"pip install '{name}>={_dotted(floor)}'"
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if util.find_spec(name) is not None:
+                continue  # a source tree says nothing of its version
             message = f"lsg_patch needs {name}, which is not installed: {mend}"
-            raise ModuleNotFoundError(message, name=name)
-        if _release(version) < floor:
+            raise ModuleNotFoundError(message, name=name) from None
+        release = tuple(map(int, re.findall(r"\d+", version)[:2]))  # (5, 24) of 5.24.0.dev0
+        if release < floor:
             raise ImportError(
                 f"lsg_patch needs {name} {_dotted(floor)} or later; {version} is installed: {mend}"
             )
-    if _release(versions["transformers"] or "") > NEWEST:
-        warnings.warn(
-            f"lsg_patch was tested with transformers {_dotted(FLOORS['transformers'])} to "
-            f"{_dotted(NEWEST)}; {versions['transformers']} is installed: it works if it can",
-            stacklevel=3,  # the line that imports lsg_patch
-        )
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        pass
-    try:  # a source tree has no metadata
-        return str(importlib.import_module(name).__version__)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            return None
-        raise
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(5, 24) of 5.24.0.dev0, (2, 13) of 2.13.0+cpu."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+        if name == "transformers" and release > NEWEST:
+            warnings.warn(
+                f"lsg_patch was tested with transformers {_dotted(floor)} to {_dotted(NEWEST)}; "
+                f"{version} is installed: it works if it can",
+                stacklevel=3,  # the line that imports lsg_patch
+            )
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

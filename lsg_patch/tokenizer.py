@@ -7,8 +7,8 @@ import re
 from typing import Any
 
 # first the one that inputs of an encoder begin with
-BOS_NAMES = ("cls_token_id", "bos_token_id")
-MASK_NAMES = ("mask_token_id",)
+BOS = ("cls_token_id", "bos_token_id")
+MASK = ("mask_token_id",)
 _OF_TOKENIZERS = re.compile(r"^(tokenizer|vocab|.*spiece|.*sentencepiece|.*bpe)")
 
 
@@ -22,36 +22,27 @@ def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, 
     Raises:
         ValueError: an id is not to be found or not in the vocabulary; ids are never guessed.
     """
-    wanted = [("cls or bos", BOS_NAMES)] + [("mask", MASK_NAMES)] * needs_mask
-    sources = [source for source in (tokenizer, config) if source is not None]
-    found = [_first_id(sources, names) for _, names in wanted]
-    why = ""
-    if None in found and tokenizer is None:
+    wanted = [BOS, MASK] if needs_mask else [BOS]
+    sources, lacks = [tokenizer, config], "neither the tokenizer nor the model's config has"
+    if tokenizer is None and any(_first_id(sources, names) is None for names in wanted):
         loaded, why = _tokenizer_of(config)
-        sources.append(loaded)
-        found = [_first_id(sources, names) for _, names in wanted]
-    lacks = f"the model's config{why} has no"
-    if tokenizer is not None:
-        lacks = "neither the tokenizer nor the model's config has"
-    bos, *mask = [
-        _checked(value, kind, f"{lacks} {' or '.join(names)}", config.vocab_size)
-        for (kind, names), value in zip(wanted, found, strict=True)
-    ]
-    return bos, mask[0] if mask else None
-
-
-def _checked(value: int | None, kind: str, lacks: str, num_words: int) -> int:
-    if value is None:
-        raise ValueError(
-            f"no {kind} token id for the global tokens: {lacks}. Pass tokenizer= (the model's "
-            "tokenizer), or set the id on model.config, or use num_global_tokens=0"
-        )
-    if not 0 <= value < num_words:
-        raise ValueError(
-            f"the {kind} token id {value} is outside the model's vocabulary of {num_words}: pass the "
-            "model's own tokenizer as tokenizer="
-        )
-    return value
+        sources, lacks = [config, loaded], f"the model's config{why} has no"
+    ids = []
+    for kind, names in zip(("cls or bos", "mask"), wanted, strict=False):
+        found = _first_id(sources, names)
+        if found is None:
+            raise ValueError(
+                f"no {kind} token id for the global tokens: {lacks} {' or '.join(names)}. Pass "
+                "tokenizer= (the model's tokenizer), or set the id on model.config, or use "
+                "num_global_tokens=0"
+            )
+        if not 0 <= found < config.vocab_size:
+            raise ValueError(
+                f"the {kind} token id {found} is outside the model's vocabulary of "
+                f"{config.vocab_size}: pass the model's own tokenizer as tokenizer="
+            )
+        ids.append(found)
+    return ids[0], ids[1] if needs_mask else None
 
 
 def _first_id(sources: list[Any], names: tuple[str, ...]) -> int | None:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lsg_patch import compat
-from lsg_patch.inspection import Stored
 
 SAFE = ".safetensors"
 # what says where on the hub a file is to be found
@@ -31,8 +30,6 @@ HUB_NAMES = (
 )
 # keywords of a load that say which files of it are read
 OF_SOURCE = (*HUB_NAMES, "variant", "use_safetensors")
-# before the names of a base model's weights; published checkpoints have that of transformers
-OF_REFERENCE = "lsg."
 
 
 @dataclass(frozen=True)
@@ -72,91 +69,72 @@ class Source:
             )
         return _json(file)
 
-    def weights(self) -> dict[str, list[str] | None]:
-        """The files that hold the weights, those that ``from_pretrained`` takes, and whose; None: all.
+    def weights(self) -> list[str]:
+        """The files that hold the weights, those that ``from_pretrained`` takes.
 
         Raises:
             ValueError: the index of the files is wrong or names one that is not there.
         """
-        kinds = ["model.safetensors"] if self.use_safetensors is not False else []
-        kinds += ["pytorch_model.bin"] if not self.use_safetensors else []
+        kinds = [("model", "safetensors")] if self.use_safetensors is not False else []
+        kinds += [("pytorch_model", "bin")] if not self.use_safetensors else []
         if not compat.reads_safetensors():
             kinds.reverse()
-        for kind in kinds:
-            stem, end = kind.rsplit(".", 1)
-            name = f"{stem}.{self.variant}.{end}" if self.variant else kind
-            index = (
-                f"{stem}.{end}.index.{self.variant}.json" if self.variant else f"{kind}.index.json"
-            )
-            file = self.find(name)
+        variant = f".{self.variant}" if self.variant else ""
+        for stem, end in kinds:
+            file = self.find(f"{stem}{variant}.{end}")
             if file is not None:
-                return {file: None}
-            file = self.find(index)
-            if file is not None:
-                return {self._shard(file, shard): names for shard, names in _shards(file).items()}
-        return {}
+                return [file]
+            index = self.find(f"{stem}.{end}.index{variant}.json")
+            if index is not None:
+                return self._shards(index)
+        return []
 
-    def read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The tensors whose names are ``wanted``, on the CPU, by name; no other ones are read.
+    def _shards(self, index: str) -> list[str]:
+        """The files that ``index`` names: files beside it, nothing above or elsewhere."""
+        names = _json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ValueError(
+                f"{index} has weight_map={names!r}, not the file of each weight: save it again"
+            )
+        for name in names.values():
+            if not isinstance(name, str) or PurePath(name).name != name or "\\" in name:
+                raise ValueError(
+                    f"{index} names the file {name!r}, which is not one beside it: take it out"
+                )
+        found = []
+        for name in dict.fromkeys(names.values()):
+            file = self.find(name)
+            if file is None:
+                raise ValueError(
+                    f"{index} names {name!r}, which is not there: save or fetch it again"
+                )
+            found.append(file)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by name, on the CPU; what is mapped is in memory only when it is used.
 
         Raises:
             ValueError: a file is damaged, or has more in it than tensors.
         """
-        found: dict[str, Tensor] = {}
-        for file, names in self.weights().items():
-            # of pickles every one is looked at, before others load it
-            safe = file.endswith(SAFE)
-            if safe and names is not None and not any(map(wanted, names)):
-                continue
-            with _readable(file):
-                found.update(_read(file, wanted))
-        return found
-
-    def stored(self) -> dict[str, Stored]:
-        """All weights as the files describe them, by name.
-
-        Raises:
-            ValueError: as ``read``.
-        """
-        found: dict[str, Stored] = {}
-        for file in self.weights():
-            with _readable(file):
-                found.update(_described(file))
-        return found
+        return {name: x for file in self.weights() for name, x in _tensors(file).items()}
 
     @contextmanager
-    def for_this_release(self, stored: Mapping[str, Stored], prefix: str) -> Iterator[str]:
-        """The path for ``from_pretrained``; a copy, where it could not read these files (before 4.22).
-
-        Nor by their names: ``prefix`` is to stand where they begin with ``OF_REFERENCE``.
-        """
-        safe = any(weight.file.endswith(SAFE) for weight in stored.values())
-        renamed = any(name.startswith(OF_REFERENCE) for name in stored)
-        if not renamed and (compat.reads_safetensors() or not safe):
+    def for_this_release(self) -> Iterator[str]:
+        """The path for ``from_pretrained``, or that of a copy in pickles, if it reads no others (4.21)."""
+        if compat.reads_safetensors() or not any(x.endswith(SAFE) for x in self.weights()):
             yield self.path
             return
-        weights = {
-            f"{prefix}.{name.removeprefix(OF_REFERENCE)}"
-            if name.startswith(OF_REFERENCE)
-            else name: x
-            for name, x in self.read(lambda name: True).items()
-        }
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(self.config()), "utf-8")
+            weights = {name: x.clone() for name, x in self.tensors().items()}
             torch.save(weights, Path(folder, "pytorch_model.bin"))
             yield folder
-
-    def _shard(self, index: str, name: str) -> str:
-        file = self.find(name)
-        if file is None:
-            raise ValueError(f"{index} names {name!r}, which is not there: save or fetch it again")
-        return file
 
 
 def _json(file: str) -> dict[str, Any]:
     try:
-        with open(file, encoding="utf-8") as text:
-            found = json.load(text)
+        found = json.loads(Path(file).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}. Save or fetch it again") from error
     if not isinstance(found, dict):
@@ -164,70 +142,19 @@ def _json(file: str) -> dict[str, Any]:
     return found
 
 
-def _shards(index: str) -> dict[str, list[str]]:
-    """The names of the weights in each file that an index names."""
-    files = _json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise ValueError(
-            f"{index} has weight_map={files!r}, not the file of each weight: save it again"
-        )
-    found: dict[str, list[str]] = {}
-    for name, file in files.items():
-        # a file beside the index, nothing above or elsewhere
-        if not isinstance(file, str) or PurePath(file).name != file or "\\" in file:
-            raise ValueError(
-                f"{index} names the file {file!r}, which is not one beside it: take it out"
-            )
-        found.setdefault(file, []).append(name)
-    return found
-
-
-def _read(file: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    if file.endswith(SAFE):
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as tensors:
-            names: list[str] = tensors.keys()
-            return {name: tensors.get_tensor(name) for name in names if wanted(name)}
-    return {name: value.clone() for name, value in _unpickled(file).items() if wanted(name)}
-
-
-def _described(file: str) -> dict[str, Stored]:
-    if not file.endswith(".safetensors"):
-        return {
-            name: Stored(file, tuple(value.shape), str(value.dtype).removeprefix("torch."))
-            for name, value in _unpickled(file).items()
-        }
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-        return {
-            name: Stored(
-                file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
-            )
-            for name, part in slices.items()
-        }
-
-
-# names of safetensors, and torch's
-_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "I64": "int64"}
-
-
-def _unpickled(file: str) -> dict[str, Tensor]:
-    """The tensors in a file of torch; of one as it writes it since 1.6 nothing is in memory yet."""
-    loaded = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
-    return loaded  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _readable(file: str) -> Iterator[None]:
+def _tensors(file: str) -> dict[str, Tensor]:
     try:
-        yield
+        if file.endswith(SAFE):
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        # what torch wrote before 1.6 is no zip file and cannot be mapped
+        found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+        for name, value in found.items():
+            if not isinstance(name, str) or not isinstance(value, Tensor):
+                raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
     except Exception as error:
         raise ValueError(
             f"{file} cannot be read as weights: {error}. Save or fetch it again"
         ) from error
+    return found  # type: ignore[no-any-return]

@@ -266,6 +266,16 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     assert ("as before" in done.lines[3]) is (family != "mbart")
 
 
+def test_padding_that_is_the_last_word(tmp_path: Path) -> None:
+    """Ids of the test's inputs are words all the same, and as many as the source reads."""
+    model = models.tiny_model("bert", pad_token_id=VOCABULARY - 1)
+    model.save_pretrained(tmp_path / "source")
+    done = lsg_patch.convert(
+        tmp_path / "source", tmp_path / "out", max_length=200, test=True, **SETTINGS
+    )
+    assert done.passed and "short input (32 tokens)" in done.lines[3]
+
+
 def test_a_failed_test_is_told(
     source: Path,
     tmp_path: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 from collections.abc import Iterator
@@ -371,3 +372,28 @@ class TestModules:
         lsg_patch.patch_model(tiny_model("bert"), tokenizer=tokenizer_like(), **SETTINGS)
         lsg_patch.patch_model(whole(), **SETTINGS)
         assert not records(caplog, logging.WARNING)
+
+
+@pytest.mark.parametrize("length", [LENGTH, 2 * LENGTH])
+@pytest.mark.parametrize("reverted_first", [0, 1])
+def test_a_tokenizer_of_two_models(length: int, reverted_first: int) -> None:
+    """It goes on serving the one that is patched still, and is what it was after both."""
+    tokenizer, models = tokenizer_like(), [tiny_model("bert"), tiny_model("bert")]
+    lengths = [LENGTH, length]
+    for model, own in zip(models, lengths, strict=True):
+        settings = {**SETTINGS, "max_position_embeddings": own}
+        lsg_patch.patch_model(model, tokenizer=tokenizer, **settings)
+    lsg_patch.unpatch_model(models[reverted_first])
+    assert tokenizer.model_max_length == lengths[1 - reverted_first]
+    lsg_patch.unpatch_model(models[1 - reverted_first])
+    assert tokenizer.model_max_length == POSITIONS
+
+
+def test_a_tokenizer_of_a_model_that_is_gone() -> None:
+    tokenizer, model = tokenizer_like(), tiny_model("bert")
+    lsg_patch.patch_model(tiny_model("bert"), tokenizer=tokenizer, **SETTINGS)
+    gc.collect()
+    tokenizer.model_max_length = POSITIONS
+    with lsg_patch.patched(model, tokenizer=tokenizer, **SETTINGS):
+        pass
+    assert tokenizer.model_max_length == POSITIONS

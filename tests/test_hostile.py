@@ -175,11 +175,9 @@ CASES = [
         weight(QUERY.replace("1", "2"), torch.ones(32, 32)),
         f"no place in the model for {QUERY.replace('1', '2')}.*{FIT}",
     ),
-    Case(
-        "whole numbers", weight(QUERY, lambda x: x.long()), f"{SAFE} has {QUERY} as .*int64.*{FIT}"
-    ),
-    Case("bytes", weight(QUERY, lambda x: x.to(torch.int8)), f"{SAFE} has {QUERY} as .*{FIT}"),
-    Case("true and false", weight(WORDS, lambda x: x > 0), f"{SAFE} has {WORDS} as .*{FIT}"),
+    Case("whole numbers", weight(QUERY, lambda x: x.long()), f"has {QUERY} as .*int64.*{FIT}"),
+    Case("bytes", weight(QUERY, lambda x: x.to(torch.int8)), f"has {QUERY} as .*{FIT}"),
+    Case("true and false", weight(WORDS, lambda x: x > 0), f"has {WORDS} as .*{FIT}"),
     Case("eight bits", weight(QUERY, lambda x: x.to(torch.float8_e5m2)), f"has {QUERY} as .*{FIT}"),
     Case("whole global tokens", weight(ROWS, lambda x: x.long()), f"has {ROWS} as .*int64.*{FIT}"),
     # pickles

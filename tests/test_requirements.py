@@ -99,14 +99,12 @@ def test_a_tested_one_is_no_news(tmp_path: Path, version: str) -> None:
 
 
 def test_source_trees_without_metadata(tmp_path: Path) -> None:
-    for name, version in (("torch", "2.0.0"), ("transformers", "4.18.0")):
-        (tmp_path / f"{name}.py").write_text(f"__version__ = {version!r}\n", encoding="utf-8")
+    """They say nothing of their version, and are there all the same."""
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").touch()
     shutil.copytree(ROOT / "lsg_patch", tmp_path / "lsg_patch")
     done = import_with(tmp_path, isolated=True)
-    assert "needs torch 2.1 or later; 2.0.0 is installed" in done.stderr
-    (tmp_path / "torch.py").write_text("import what_torch_needs\n", encoding="utf-8")
-    done = import_with(tmp_path, isolated=True)
-    assert "No module named 'what_torch_needs'" in done.stderr, "not that torch is not installed"
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_package_reads_versions_before_torch() -> None:

@@ -270,9 +270,17 @@ class TestDistributed:
             fully_shard(module, mesh=mesh)
         return model
 
-    @pytest.mark.parametrize("kind", ["sharded", "parallel"])
+    @staticmethod
+    def flattened(model: Any) -> Any:
+        """By the first FSDP, whose parameters are views of one flat one."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        cpu = torch.device("cpu")
+        return FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True)
+
+    @pytest.mark.parametrize("kind", ["sharded", "parallel", "flattened"])
     def test_wrapped_first_then_patched(self, kind: str) -> None:
-        wrap = self.sharded if kind == "sharded" else nn.parallel.DistributedDataParallel
+        wrap = getattr(self, kind, nn.parallel.DistributedDataParallel)
         model = wrap(tiny_model("bert"))
         before = fingerprint(model)
         with pytest.raises(ValueError, match="wrap or shard it after that"):
