@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import importlib
 import inspect
@@ -10,19 +9,33 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+def own_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that ``cls`` has the forward of transformers from, below those of users.
+
+    Of a class that owes nothing to transformers it is the one that defines its forward.
+    """
+    definers = [parent for parent in cls.__mro__ if "forward" in vars(parent)]
+    of_transformers = (x for x in definers if x.__module__.startswith("transformers"))
+    return next(of_transformers, definers[0])
+
+
+def is_overridden(cls: type[nn.Module]) -> bool:
+    """Whether a user's class stands in front of the forward of transformers, with one of its own."""
+    return own_class(cls).forward is not cls.forward
+
+
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of a module's forward, in order, without ``self``.
+    """Names of the parameters of the forward that transformers has for a module, without ``self``.
 
     They were renamed and moved again and again (4.54, 4.56, 5.0, 5.4), so they are looked up.
     """
-    return _parameters(type(module).forward)
+    return _parameters(own_class(type(module)).forward)
 
 
 @functools.lru_cache(maxsize=256)
@@ -60,10 +73,7 @@ def _is_imported_beside(base: nn.Module, function: str) -> bool:
 
 
 def _imported_beside(base: nn.Module, function: str) -> Callable[..., Any] | None:
-    for cls in type(base).__mro__:
-        if "forward" in vars(cls):
-            return getattr(sys.modules[cls.__module__], function, None)
-    return None
+    return getattr(sys.modules[own_class(type(base)).__module__], function, None)
 
 
 def stack_collects_hidden_states(stack: nn.Module) -> bool:
@@ -103,24 +113,11 @@ def arguments_by_row(stack: nn.Module) -> tuple[str, ...]:
 def attention_outputs(attention: nn.Module) -> int:
     """How many values a self-attention module must return: the states, the maps, perhaps a cache.
 
-    Two are right everywhere but in BART's kind before 4.54, whose layers take three and no other
-    number. Neither parameters nor annotations tell (they say three up to 5.3): the code does.
+    Two are right everywhere but in BART's kind before 4.54 (known by its states of another sequence,
+    and by having no index of its layer), whose layers take three and no other number.
     """
-    for cls in type(attention).__mro__:
-        if "forward" in vars(cls):
-            returned = _longest_tuple(inspect.unwrap(vars(cls)["forward"]))
-            if returned:
-                return max(2, returned)
-    return 2
-
-
-# a model's layers are of one class
-@functools.lru_cache(maxsize=64)
-def _longest_tuple(function: Callable[..., Any]) -> int:
-    """Of the tuples that a function returns, as its code makes them; 0: it makes none."""
-    code = pairwise(dis.get_instructions(function))
-    returned = (a.arg for a, b in code if a.opname == "BUILD_TUPLE" and b.opname == "RETURN_VALUE")
-    return max((count or 0 for count in returned), default=0)
+    is_barts = "key_value_states" in forward_parameters(attention)
+    return 3 if is_barts and not hasattr(attention, "layer_idx") else 2
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import nn
 from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family
-from lsg_patch.modules import causal, encoder, stack
+from lsg_patch.modules import causal, edges, encoder, stack
 from lsg_patch.modules.arguments import Argument
 from lsg_patch.modules.link import Link
 from lsg_patch.plan import Plan
@@ -30,7 +30,7 @@ def _hook_stack(
     for name in family.methods_left_out:
         journal.set_attribute(plan.stack, name, stack.leave_out)
     enter_model = _check_of(base, family, plan, config)
-    journal.before(base, enter_model)
+    edges.before(base, enter_model, journal)
     _hook_positions(base, plan, journal)
     prepend = _hook_embeddings(base, family, plan, journal)
     of_stack = compat.forward_parameters(plan.stack)
@@ -53,7 +53,7 @@ def _hook_stack(
         after_model = stack.LeaveModel(
             config, enter_model.mask, enter_model.wants_attentions, plan.num_layers
         )
-        journal.after(base, after_model)
+        edges.after(base, after_model, journal)
 
 
 def _check_of(owner: nn.Module, family: Family, plan: Plan, config: LSGConfig) -> stack.EnterModel:
@@ -92,7 +92,7 @@ def _hook_positions(base: nn.Module, plan: Plan, journal: Journal) -> None:
             Argument.of(of_base, *compat.MASK_NAMES),
             plan.global_positions,
         )
-        journal.before(base, give)
+        edges.before(base, give, journal)
     if plan.rotary.table is not None and plan.positions is not None:
         # the stack would read as many rows as it has; its layers get theirs with the layout
         one = encoder.FirstPosition(compat.PositionInput.of(plan.positions))
@@ -141,7 +141,7 @@ def _hook_causal_stack(
         states_mask=Argument.of(of_base, "encoder_attention_mask"),
         cross_mask=compat.CrossMask.of(base),
     )
-    journal.before(base, enter_model)
+    edges.before(base, enter_model, journal)
     _hook_positions(base, plan, journal)
     prepend = _hook_embeddings(base, family, plan, journal)
     of_stack = compat.forward_parameters(plan.stack)
@@ -162,7 +162,7 @@ def _hook_causal_stack(
     if not compat.stack_collects_hidden_states(plan.stack):
         leave_model = stack.LeaveModel(config, check.mask, check.wants_attentions, plan.num_layers)
         leave_decoder = causal.LeaveCausalModel(leave_model, carrier)
-        journal.after(base, leave_decoder)
+        edges.after(base, leave_decoder, journal)
 
 
 def _hook_encoder(

@@ -19,7 +19,7 @@ from lsg_patch.holders import Holder, module_of, owners_of, set_limits, tokenize
 from lsg_patch.hooking import hook_edges
 from lsg_patch.loading import CheckStateDict, check_adapters
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
-from lsg_patch.modules.layer import swap_layer, swap_row_wise
+from lsg_patch.modules.layer import swap_layer
 from lsg_patch.modules.link import Link
 from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
 from lsg_patch.modules.self_attention import swap_attention
@@ -337,8 +337,6 @@ def _apply(
         swap_attention(module, config, family, seed, journal, plan.is_causal)
     for module in plan.layers:
         swap_layer(module, journal)
-    for module in plan.row_wise:
-        swap_row_wise(module, journal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
         journal.set_attribute(plan.embeddings, "lsg_self", Link(plan.embeddings))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -40,14 +39,12 @@ class Plan:
     the global tokens, spread over ``global_reach`` rows of a table; ``global_rows``
     (num_global_tokens, width), or None for none, the first of which is made of the token ``bos_id``;
     ``chunked`` are the modules that have a ``CHUNK``; ``tables`` are all tables of positions, those
-    that share a weight together; ``layers`` are those of ``Family.layers``, ``row_wise`` those of
-    ``Family.row_wise``; ``is_causal`` says that the model is a decoder; ``can_unpad`` that its layers
-    can run on packed rows.
+    that share a weight together; ``layers`` are those of ``Family.layers``; ``is_causal`` says that the
+    model is a decoder; ``can_unpad`` that its layers can run on packed rows.
     """
 
     attentions: list[nn.Module]
     layers: list[nn.Module]
-    row_wise: list[nn.Module]
     stack: nn.Module
     embeddings: nn.Module
     words: nn.Module
@@ -115,6 +112,7 @@ def make_plan(
     if config.unpad and hindrance:
         raise ValueError(f"unpad=True: {type(base).__name__} {hindrance}; pass unpad=False")
     _check_modules(base, plan)
+    _check_signatures(base, family, plan)
     _check_positions(plan, config)
     _warn_of_unseen_tokens(plan, family, config)
     if plan.chunked:
@@ -206,11 +204,9 @@ def _locate(
         if family.token_types:
             rest.append(_looked_up(table(family.token_types), [0])[0])
         known = [row.detach().to(device_of(words)) for row in rest if row is not None]
-    layers = _find_all(base, family.layers) if family.layers else []
     return Plan(
         attentions=attentions,
-        layers=layers,
-        row_wise=[module for layer in layers for module in _find_any(layer, family.row_wise)],
+        layers=_find_all(base, family.layers) if family.layers else [],
         stack=stack,
         embeddings=embeddings,
         words=words,
@@ -241,15 +237,6 @@ def _find_all(root: nn.Module, path: str) -> list[nn.Module]:
 
 def _find(root: nn.Module, path: str) -> nn.Module:
     return _find_all(root, path)[0]
-
-
-def _find_any(root: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
-    """Those below ``root`` at ``paths``, where there are such."""
-    found = []
-    for path in paths:
-        with suppress(AttributeError):
-            found.append(_find(root, path))
-    return found
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -340,7 +327,8 @@ def _check_wrappers(model: nn.Module, changed: Iterable[nn.Module]) -> None:
 
 def _check_modules(base: nn.Module, plan: Plan) -> None:
     """What other tools have made of the modules that are to be changed."""
-    for module in (*plan.attentions, *plan.layers, *plan.row_wise):
+    swapped_too = [base] if compat.is_overridden(type(base)) else []
+    for module in (*plan.attentions, *plan.layers, *swapped_too):
         hidden = hidden_forward(module)
         if hidden:
             raise ValueError(f"a {type(module).__name__} cannot be patched: {hidden}")
@@ -358,6 +346,20 @@ def _check_modules(base: nn.Module, plan: Plan) -> None:
                 f"a hook of accelerate keeps the weights of a {type(module).__name__} as a whole, where "
                 "new ones have no place: patch the model first and offload it after that, or offload it "
                 "without preload_module_classes"
+            )
+
+
+def _check_signatures(base: nn.Module, family: Family, plan: Plan) -> None:
+    """What hooks and swapped modules read of a call is to be found in it."""
+    owner = plan.stack if family.embeds_in_stack else base
+    masked = ((module, compat.MASK_NAMES) for module in (owner, plan.stack, plan.attentions[0]))
+    for module, names in ((owner, ("input_ids",)), *masked):
+        if not set(names).intersection(compat.forward_parameters(module)):
+            own = compat.own_class(type(module))
+            raise ValueError(
+                f"the forward of {own.__module__}.{own.__qualname__} has no parameter {names[0]}, by which "
+                "a patch finds its input: derive the class from that of transformers and call its forward "
+                "by super(), or give the parameter that name"
             )
 
 

@@ -127,10 +127,6 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         at(LAYER, with_own_forward),
         "BertLayer cannot .* replaced by a function,",
     ),
-    "own forward of an output": (
-        at(f"{LAYER}.attention.output", with_own_forward),
-        "BertSelfOutput cannot .* take the replacement away",
-    ),
     "compiled forward": (
         at(LAYER, lambda x: [setattr(x, "forward", compiled(x.forward)), x][1]),
         "BertLayer cannot .* patch the model first",

@@ -133,8 +133,6 @@ class Family:
         names: the attributes of a self-attention module.
         output: what a self-attention module makes of its input (B, N, width) and of the joined
             heads (B, N, heads * head size): ``output(module, hidden, context)``.
-        row_wise: modules below a layer, where it has them, that are called with (B, N, width) each, by
-            position, and make each row of them by itself.
         relative_bias: where scores depend on how far a key stands from its query: the bias of each
             distance, (H, 2 * m + 1) as in ``RelativeBias``: ``relative_bias(stack)``, read in each
             forward. Not where the stack embeds its input itself.
@@ -162,7 +160,6 @@ class Family:
     begins_with_cls: bool = True
     names: AttentionNames = AttentionNames()
     output: Callable[[Any, Tensor, Tensor], Tensor] = context_alone
-    row_wise: tuple[str, ...] = ("attention.output",)
     relative_bias: Callable[[Any], Tensor] | None = None
     methods_left_out: tuple[str, ...] = ()
     decoder: str | None = None

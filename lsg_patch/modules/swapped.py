@@ -2,6 +2,12 @@
 
 A module stays the same object, with the same parameters, hooks and children, and stays an instance
 of the class that it was. Copies, pickles and replicas are of the subclass too.
+
+A mixin stands in front of the class of transformers. Where a user's class overrides its forward, that
+forward goes on running, and what it calls by ``super()`` is the mixin's:
+
+    BertModel               -> made(mixin, BertModel)
+    Theirs(BertModel)       -> made(Theirs, made(mixin, BertModel))
 """
 
 from __future__ import annotations
@@ -13,11 +19,12 @@ from typing import Any
 
 from torch import nn
 
+from lsg_patch import compat
 from lsg_patch.undo import Change, Journal
 
 
 class Swapped(nn.Module):
-    """Mixed into the class of a module, first: what it defines stands before what was there."""
+    """Mixed into the class of a module: what it defines stands before what transformers has."""
 
     prefix = ""  # of the subclass's name
     mixin: type[Swapped]
@@ -35,8 +42,18 @@ _CLASSES: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
 def swapped_class(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``cls`` that has the ``mixin``; always the same one."""
     if (mixin, cls) not in _CLASSES:
-        attributes = {"__module__": mixin.__module__, "mixin": mixin, "original": cls}
-        made = type(mixin.prefix + cls.__name__, (mixin, cls), attributes)
+        bases: tuple[type[nn.Module], ...] = (mixin, cls)
+        if compat.is_overridden(cls):
+            bases = (cls, swapped_class(mixin, compat.own_class(cls)))
+        # transformers records outputs by the name of a class and of its module
+        name = mixin.prefix + cls.__name__
+        attributes = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__.removesuffix(cls.__name__) + name,
+            "mixin": mixin,
+            "original": cls,
+        }
+        made = type(name, bases, attributes)
         _CLASSES.setdefault((mixin, cls), made)
     return _CLASSES[mixin, cls]
 

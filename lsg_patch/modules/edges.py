@@ -1,0 +1,67 @@
+"""What runs before and after a base model: hooks, or what stands in for them below a user's forward.
+
+A hook sees the arguments that a module is called with. Those of a base model are transformers', unless
+a user's class overrides its forward: then the hooks stand around the forward that it calls by
+``super()``. Modules inside are called by transformers, with its arguments, whatever their class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lsg_patch import compat
+from lsg_patch.modules.swapped import Swapped, swap_class
+from lsg_patch.undo import Journal
+
+Hook = Callable[..., Any]
+
+
+@dataclass
+class EdgeHooks:
+    """Forward hooks with keywords, in the order in which they run."""
+
+    before: tuple[Hook, ...] = ()
+    after: tuple[Hook, ...] = ()
+
+
+class LSGEdges(Swapped):
+    """Mixed into the class of a module whose forward is overridden; it keeps its name."""
+
+    lsg: EdgeHooks
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward of transformers gives, between the hooks."""
+        for hook in self.lsg.before:
+            args, kwargs = hook(self, args, kwargs)
+        output = super().forward(*args, **kwargs)
+        for hook in self.lsg.after:
+            output = hook(self, args, kwargs, output)
+        return output
+
+
+def before(module: nn.Module, hook: Hook, journal: Journal) -> None:
+    """Call ``hook(module, args, kwargs)`` before the forward of transformers, for its arguments."""
+    if not compat.is_overridden(type(module)):
+        journal.before(module, hook)
+    else:
+        _hooks_of(module, journal).before += (hook,)
+
+
+def after(module: nn.Module, hook: Hook, journal: Journal) -> None:
+    """Call ``hook(module, args, kwargs, output)`` after it, before the hooks of others."""
+    if not compat.is_overridden(type(module)):
+        journal.after(module, hook)
+    else:
+        hooks = _hooks_of(module, journal)
+        hooks.after = (hook, *hooks.after)
+
+
+def _hooks_of(module: Any, journal: Journal) -> EdgeHooks:
+    if not isinstance(module, LSGEdges):
+        swap_class(module, LSGEdges, EdgeHooks(), journal)
+    hooks: EdgeHooks = module.lsg
+    return hooks
