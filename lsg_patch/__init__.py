@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lsg_patch.config import LSGConfig
     from lsg_patch.conversion import convert
     from lsg_patch.families import AttentionNames, Family, Rotary, register_family
+    from lsg_patch.overview import overview
     from lsg_patch.patching import (
         freeze_except_global,
         get_config,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         patched,
         unpatch_model,
     )
+    from lsg_patch.plots import plot_cost, plot_pattern
 
 __all__ = [
     "AttentionNames",
@@ -44,8 +46,11 @@ __all__ = [
     "global_embeddings",
     "is_patched",
     "lsg_attention",
+    "overview",
     "patch_model",
     "patched",
+    "plot_cost",
+    "plot_pattern",
     "register_family",
     "unpatch_model",
 ]
@@ -62,6 +67,8 @@ _ROOMS = {
     "config": ("LSGConfig",),
     "conversion": ("convert",),
     "families": ("AttentionNames", "Family", "Rotary", "register_family"),
+    "overview": ("overview",),
+    "plots": ("plot_cost", "plot_pattern"),
     "patching": (
         "freeze_except_global",
         "get_config",

@@ -2,74 +2,184 @@
 
 from __future__ import annotations
 
+import builtins
+import json
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 
-from lsg_patch import cli
+from lsg_patch import LSGConfig, cli
+from lsg_patch.families import FAMILIES
+from tests.models import tiny_model
+from tests.tokenizers import real_tokenizer
+
+COMMANDS = ("demo", "families", "inspect", "convert", "plot", "bench")
 
 
-def test_version(capsys, monkeypatch):
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model("bert", transformers.BertForMaskedLM).save_pretrained(folder)
+    real_tokenizer(folder)
+    return folder
+
+
+def test_version(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: f"1.2.3 of {name}")
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["--version"])
-    assert exit.value.code == 0
+    assert run("--version") == 0
     assert capsys.readouterr().out.strip() == "lsg-patch 1.2.3 of lsg-patch"
 
 
-def test_version_of_a_source_tree(capsys, monkeypatch):
-    def missing(name):
+def test_version_of_a_source_tree(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["--version"])
-    assert exit.value.code == 0
+    assert run("--version") == 0
     assert "not installed" in capsys.readouterr().out
 
 
-def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["--help"])
-    assert exit.value.code == 0
+def test_help_names_every_command(capsys: Any) -> None:
+    assert run("--help") == 0
     out = capsys.readouterr().out
-    for command in cli.COMMANDS:
-        assert command.name in out and command.summary in out
+    assert all(command in out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["demo", "--documents", "-1"]])
-def test_wrong_arguments_are_exit_code_2(argv, capsys):
-    with pytest.raises(SystemExit) as exit:
-        cli.main(argv)
-    assert exit.value.code == 2
-    assert "usage" in capsys.readouterr().err
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_has_an_example(command: str, capsys: Any) -> None:
+    assert run(command, "--help") == 0
+    out = capsys.readouterr().out
+    assert f"lsg-patch {command}" in out
 
 
-def test_a_command_gets_its_arguments_and_gives_the_exit_code(monkeypatch):
-    got = []
-
-    def run(args):
-        got.append(args.times)
-        return 7
-
-    command = cli.Command("say", "says it", lambda p: p.add_argument("times", type=int), run)
-    monkeypatch.setattr(cli, "COMMANDS", (command,))
-    assert cli.main(["say", "3"]) == 7
-    assert got == [3]
+def test_every_setting_is_an_option_and_explained(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run("convert", "--help") == 0
+    out = capsys.readouterr().out
+    for name in vars(LSGConfig()):
+        if name != "max_position_embeddings":  # that is --max-length
+            assert f"--{name.replace('_', '-')}" in out
+    assert "tokens a block" in out
 
 
-def test_defaults_of_the_demo_are_those_of_its_options(monkeypatch):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["demo", "--documents", "-1"],
+        ["demo", "--max-length", "many"],
+        ["families", "--json", "--markdown"],
+        ["inspect"],
+        ["inspect", "/no/such/folder"],
+        ["inspect", "CHECKPOINT", "--block-size", "0"],
+        ["inspect", "CHECKPOINT", "--sparsity-type", "dense"],
+        ["inspect", "CHECKPOINT", "--max-length", "0"],
+        ["convert", "CHECKPOINT"],
+        ["convert", "CHECKPOINT", "CHECKPOINT"],
+        ["convert", "/no/such/folder", "OUT"],
+        ["convert", "CHECKPOINT", "OUT", "--seed", "-1"],
+        ["plot", "OUT.png", "--model", "CHECKPOINT", "--layer", "9"],
+        ["plot", "OUT.png", "--head", "9"],
+        ["plot", "OUT.png", "--length", "64", "--query", "64"],
+        ["plot", "OUT.of-no-kind"],
+        ["bench", "CHECKPOINT", "--length", "0"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_request_is_told_of_and_changes_nothing(
+    arguments: list[str], checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in checkpoint.iterdir())
+    places = {"CHECKPOINT": checkpoint, "OUT": tmp_path / "out", "OUT.png": tmp_path / "out.png"}
+    places["OUT.of-no-kind"] = tmp_path / "out.of-no-kind"
+    assert run(*(places.get(argument, argument) for argument in arguments)) == 2
+    told = capsys.readouterr().err
+    assert told.strip()
+    assert "Traceback" not in told
+    if "Usage" not in told:
+        assert told.startswith("lsg-patch: ")
+        assert told.count("\n") == 1
+    assert sorted((file.name, file.stat().st_mtime_ns) for file in checkpoint.iterdir()) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_raises(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="block_size must be"):
+        run("inspect", checkpoint, "--block-size", "0", "--debug")
+
+
+def test_families(capsys: Any) -> None:
+    assert run("families", "--json") == 0
+    assert {row["family"] for row in json.loads(capsys.readouterr().out)} == set(FAMILIES)
+
+
+def test_inspect(checkpoint: Path, capsys: Any) -> None:
+    assert run("inspect", checkpoint, "--max-length", 256, "--block-size", 16, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["family"], found["positions"], found["positions_patched"]) == ("bert", 64, 256)
+    assert found["parameters_added"] == (256 - 64) * 32 + 32
+    assert run("inspect", checkpoint, "--block-size", 16) == 0
+    assert "65,536" in capsys.readouterr().out
+
+
+def test_bench(checkpoint: Path, capsys: Any) -> None:
+    arguments = ("--length", 64, "--length", 96, "--repeats", 1, "--block-size", 16, "--json")
+    assert run("bench", checkpoint, *arguments, "--sparse-block-size", 16) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["tokens"] for row in found] == [64, 96]
+    assert all(row["full"] > 0 and row["patched"] > 0 for row in found)
+
+
+@pytest.mark.parametrize("more", [[], ["--model", "CHECKPOINT"], ["--cost"]], ids=str)
+def test_plot(checkpoint: Path, tmp_path: Path, more: list[str]) -> None:
+    own = [checkpoint if argument == "CHECKPOINT" else argument for argument in more]
+    out = tmp_path / "picture.png"
+    arguments = ("--length", 60, "--block-size", 8, "--sparse-block-size", 8)
+    assert run("plot", out, *own, *arguments) == 0
+    assert out.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_defaults_of_the_demo_are_those_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     from lsg_patch import demo
 
-    got = []
+    got: list[Any] = []
     monkeypatch.setattr(demo, "run", lambda options: got.append(options) or 0)
-    assert cli.main(["demo"]) == 0
+    assert run("demo") == 0
     assert got == [demo.DemoOptions()]
 
 
-def test_python_dash_m():
+@pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
+def test_a_missing_extra_is_named(
+    missing: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *more: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == missing:
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *more, **kwargs)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    if missing != "matplotlib":
+        monkeypatch.delitem(sys.modules, "lsg_patch.commands", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr("lsg_patch.plots.import_module", without)
+    assert run("plot", tmp_path / "picture.png") == 2
+    extra = "plots" if missing == "matplotlib" else "cli"
+    assert f"pip install lsg-patch[{extra}]" in capsys.readouterr().err
+
+
+def test_python_dash_m() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lsg_patch", "demo", "--help"], capture_output=True, text=True
     )

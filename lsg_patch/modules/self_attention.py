@@ -14,7 +14,7 @@ from lsg_patch.attention import draw_projections, lsg_attention, projection_shap
 from lsg_patch.attention.rotary import rotate
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import AttentionNames, Family, Rotary
-from lsg_patch.modules.arguments import Argument
+from lsg_patch.modules.arguments import Args, Argument, Kwargs
 from lsg_patch.modules.causal import KeptKeys
 from lsg_patch.modules.layout import Batch, Layout
 from lsg_patch.modules.swapped import Swapped, swap_class
@@ -54,6 +54,19 @@ class LSGSelfAttention(Swapped):
         the keys and values that a decoder keeps.
         """
         lsg = self.lsg
+        query, key, value, choose_by, layout = self.projected(args, kwargs)
+        cached: tuple[Any, ...] = ()
+        if lsg.kept is not None:
+            key, value, cached = lsg.kept.extend(self, key, value, layout, args, kwargs)
+        context = self.attend(layout, query, key, value, choose_by)
+        output = lsg.output(self, lsg.hidden.get(args, kwargs), context)
+        return (output,) + (None,) * (lsg.outputs - 1) + cached
+
+    def projected(
+        self, args: Args, kwargs: Kwargs
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Layout]:
+        """Query, key, value (B, H, N, D) of a call, what tokens are chosen by, and the layout."""
+        lsg = self.lsg
         names = lsg.names
         hidden, layout = lsg.hidden.get(args, kwargs), lsg.mask.get(args, kwargs)
         if not isinstance(layout, Layout):
@@ -74,14 +87,9 @@ class LSGSelfAttention(Swapped):
             key = rotate(key, layout.rotation, lsg.rotary.interleaved)
             if lsg.rotary.turns_values(self):
                 value = rotate(value, layout.rotation, lsg.rotary.interleaved)
-        cached: tuple[Any, ...] = ()
-        if lsg.kept is not None:
-            key, value, cached = lsg.kept.extend(self, key, value, layout, args, kwargs)
-        context = self._attend(layout, query, key, value, choose_by)
-        output = lsg.output(self, hidden, context)
-        return (output,) + (None,) * (lsg.outputs - 1) + cached
+        return query, key, value, choose_by, layout
 
-    def _attend(
+    def attend(
         self,
         layout: Layout | Batch,
         query: Tensor,
@@ -120,7 +128,7 @@ class LSGSelfAttention(Swapped):
         contexts = []
         for batch, *heads in zip(batches, *(x.split(sizes, dim=2) for x in tensors), strict=True):
             own = (x[0].unflatten(1, (batch.sequences, batch.size)).transpose(0, 1) for x in heads)
-            contexts.append(self._attend(batch, *own).flatten(0, 1))
+            contexts.append(self.attend(batch, *own).flatten(0, 1))
         return torch.cat(contexts)[None]
 
     def _dropout_p(self) -> float:

@@ -1,0 +1,294 @@
+"""The commands. Each imports what is heavy when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+DISTRIBUTION = "lsg-patch"
+app = typer.Typer(
+    help="Long inputs for encoders that are already loaded.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    epilog="`--debug` with any command shows where an error came from.",
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, or a repository of the hub.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+MaxLength = Annotated[
+    int, typer.Option("--max-length", min=1, help="Tokens that the patched model reads.")
+]
+
+
+def _version(asked: bool) -> None:
+    if not asked:
+        return
+    try:
+        print(f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}")
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        print(f"{DISTRIBUTION} (not installed)")
+    raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+def _sentences() -> dict[str, str]:
+    """What the docstring of ``LSGConfig`` says of each setting, its first sentence."""
+    from lsg_patch.config import LSGConfig
+
+    found = re.findall(r"^ {8}(\w+): (.*?)(?=^ {8}\w+:|\n\n)", LSGConfig.__doc__ or "", re.M | re.S)
+    return {name: re.split(r"(?<=[a-z)])[.:;] ", " ".join(text.split()))[0] for name, text in found}
+
+
+def _option_of(kind: Any) -> Any:
+    """The type of an option for a setting of this type: that without None; text for a choice of types."""
+    kinds = [part for part in get_args(kind) or (kind,) if part is not type(None)]
+    return kinds[0] if len(kinds) == 1 else str
+
+
+def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command with the settings of ``LSGConfig`` as options; it gets those given as ``settings``."""
+    from lsg_patch.config import LSGConfig
+
+    told, types = _sentences(), get_type_hints(LSGConfig)
+    names = [field.name for field in fields(LSGConfig) if field.name != "max_position_embeddings"]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        chosen = {name: given.pop(name) for name in names}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        period = chosen.get("position_period")
+        if isinstance(period, str) and period.isdigit():
+            chosen["position_period"] = int(period)
+        return command(**given, settings=chosen)
+
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [parameter for name, parameter in own.items() if name != "settings"]
+    for name in names:
+        option = typer.Option(help=told.get(name), rich_help_panel="Settings, as in LSGConfig")
+        annotation = Annotated[_option_of(types[name]) | None, option]
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+            )
+        )
+    vars(run).pop("__wrapped__")
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@app.command(epilog="Example: `lsg-patch demo --max-length 2048 --sparsity-type pooling`")
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="An encoder that transformers loads; by default that of the extra `demo`."
+        ),
+    ] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(help="A text as one more document; `--documents 0` leaves only these."),
+    ] = None,
+    documents: Annotated[
+        int, typer.Option(min=0, help="Documents of the standard library's documentation.")
+    ] = 90,
+    max_length: MaxLength = 4096,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 128,
+    sparsity_type: Annotated[str, typer.Option(help="How sparse tokens are chosen.")] = "norm",
+    as_json: Json = False,
+) -> None:
+    """See a real encoder find passages in long documents: as it is, patched, and reverted."""
+    from lsg_patch import demo as demonstration
+
+    options = demonstration.DemoOptions(
+        model, tuple(file or ()), documents, max_length, block_size, sparsity_type, as_json
+    )
+    raise typer.Exit(demonstration.run(options))
+
+
+@app.command(epilog="Example: `lsg-patch families --markdown`")
+def families(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """List the models that can be patched."""
+    from lsg_patch.families import table
+
+    if as_json and markdown:
+        raise typer.BadParameter("--json and --markdown: choose one")
+    print(table.as_json() if as_json else table.as_markdown() if markdown else table.as_text())
+
+
+@app.command("inspect", epilog="Example: `lsg-patch inspect roberta-base --max-length 8192`")
+@with_settings
+def inspect_model(
+    model: Model, max_length: MaxLength = 4096, as_json: Json = False, *, settings: dict[str, Any]
+) -> None:
+    """Say what a patch would change in a model, and from which length it pays."""
+    from lsg_patch.config import LSGConfig
+    from lsg_patch.overview import overview
+
+    config = LSGConfig(max_position_embeddings=max_length, **settings)
+    found = overview(*_load(model), config)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    costs = found.pop("costs")
+    _print_table("", [{"": name.replace("_", " "), " ": str(x)} for name, x in found.items()])
+    _print_table("of full attention", costs)
+
+
+@app.command(
+    epilog="Example: `lsg-patch convert bert-base-uncased long-bert --max-length 4096 --test`"
+)
+@with_settings
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder, or a repository of the hub.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, new or empty.")],
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens; by default 4096, or the source's own.")
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="A class; by default that of the source's config.")
+    ] = None,
+    keep_first_global_token: Annotated[
+        bool, typer.Option("--keep-first-global-token", help="Of a source that is patched already.")
+    ] = False,
+    resize_lsg: Annotated[
+        bool, typer.Option("--resize-lsg", help="Keep all global tokens of a patched source.")
+    ] = False,
+    use_token_ids: Annotated[
+        bool, typer.Option(help="Give new global tokens the first token type.")
+    ] = True,
+    test: Annotated[
+        bool, typer.Option("--test", help="Compare a short input's outputs, and read a long one.")
+    ] = False,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Save a checkpoint patched for long inputs, with its tokenizer."""
+    from lsg_patch.conversion import convert as convert_checkpoint
+
+    _without_bars()
+    done = convert_checkpoint(
+        source,
+        out,
+        max_length=max_length,
+        architecture=architecture,
+        keep_first_global_token=keep_first_global_token,
+        resize_lsg=resize_lsg,
+        use_token_ids=use_token_ids,
+        test=test,
+        **settings,
+    )
+    print("\n".join(done.lines))
+    raise typer.Exit(0 if done.passed else 1)
+
+
+@app.command(epilog="Example: `lsg-patch plot pattern.png --length 1024 --sparsity-type lsh`")
+@with_settings
+def plot(
+    out: Annotated[Path, typer.Argument(help="The picture to write, .png or .svg.")],
+    model: Annotated[
+        str | None, typer.Option(help="Whose attention; by default one of random numbers.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the picture.")] = 512,
+    layer: Annotated[int, typer.Option(min=0)] = 0,
+    head: Annotated[int, typer.Option(min=0)] = 0,
+    query: Annotated[int | None, typer.Option(help="Only what this token sees.")] = None,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="The cost against the length instead.")
+    ] = False,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Draw who attends to whom, or what it costs."""
+    from lsg_patch import plots
+    from lsg_patch.config import LSGConfig
+    from lsg_patch.patching import patch_model
+
+    config = LSGConfig(max_position_embeddings=max(length, 4096), **settings)
+    if cost:
+        axes = plots.plot_cost(config, [2**n for n in range(7, 17)])
+    else:
+        of: Any = config
+        if model is not None:
+            of, tokenizer = _load(model)
+            patch_model(of, config, tokenizer=tokenizer)
+        axes = plots.plot_pattern(of, length, layer, head, query)
+    axes.figure.savefig(out, dpi=160, bbox_inches="tight")
+    print(out)
+
+
+@app.command(epilog="Example: `lsg-patch bench roberta-base --length 1024 --length 4096`")
+@with_settings
+def bench(
+    model: Model,
+    length: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, both sides in turn.")] = 5,
+    as_json: Json = False,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Time a model's forward with LSG attention against full attention, on this machine."""
+    from lsg_patch.config import LSGConfig
+    from lsg_patch.overview import time_forwards
+
+    lengths = length or [512, 1024, 2048, 4096]
+    config = LSGConfig(max_position_embeddings=max(lengths), **settings)
+    found = time_forwards(*_load(model), config, lengths, repeats)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_table("milliseconds of a forward, batch 1", found)
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """A model without its head, and its tokenizer (None where there is none)."""
+    from transformers import AutoModel
+
+    from lsg_patch.tokenizer import tokenizer_at
+
+    _without_bars()
+    try:
+        return AutoModel.from_pretrained(name).eval(), tokenizer_at(name)[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load {name!r}: {error}") from error
+
+
+def _without_bars() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title or None, show_header=any(name.strip() for name in rows[0]), box=None)
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if not name.strip() else "right")
+    for row in rows:
+        cells = (f"{x:,}" if isinstance(x, int) else str(x) for x in row.values())
+        table.add_row(*cells)
+    Console(file=sys.stdout).print(table)

@@ -1,0 +1,219 @@
+"""Pictures: who attends to whom, and what it costs. They need matplotlib, and give its Axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsg_patch.attention import lsg_attention
+from lsg_patch.config import LSGConfig
+from lsg_patch.families import find_base, find_modules
+from lsg_patch.holders import Holder, module_of
+from lsg_patch.overview import scores
+from lsg_patch.patching import get_config
+
+# what a query and a key are to each other, by the number in a pattern
+KINDS = ("not seen", "local", "sparse", "global", "padding")
+COLOURS = ("#f4f4f4", "#4c72b0", "#dd8452", "#55a868", "#bdbdbd")
+HEADS, HEAD_SIZE = 4, 32  # of attention over random numbers
+
+
+def pattern(
+    model_or_config: nn.Module | Holder | LSGConfig,
+    length: int,
+    layer: int = 0,
+    head: int = 0,
+    input_ids: Tensor | None = None,
+) -> Tensor:
+    """(g + T, g + T): the index in ``KINDS`` of each key for each query, global tokens first.
+
+    Read off the attention itself: with one-hot values it gives the share that each query has of
+    each token, also of those that a pooled sparse token is made of.
+
+    Args:
+        model_or_config: a patched model, of which a layer attends to real keys; or settings, with
+            random ones.
+        length: tokens T of the text.
+        layer, head: of the model; the head of random numbers is one of four.
+        input_ids: (1, T). None: random words.
+
+    Raises:
+        ValueError: the model is not patched, or has no such layer or head.
+    """
+    if isinstance(model_or_config, LSGConfig):
+        config = model_or_config
+        shares = _random_shares(config, length, head)
+    else:
+        config = get_config(model_or_config)
+        shares = _shares_of_layer(module_of(model_or_config), length, layer, head, input_ids)
+    num_global = config.num_global_tokens
+    rows = shares.shape[0]
+    found = torch.full((rows, rows), KINDS.index("not seen"))
+    block = (torch.arange(rows) - num_global).div(config.block_size, rounding_mode="floor")
+    near = (block[:, None] - block).abs() <= 1
+    seen = shares > 0
+    found[seen] = KINDS.index("sparse")
+    found[seen & near] = KINDS.index("local")
+    found[seen & ((block < 0) | (block < 0)[:, None])] = KINDS.index("global")
+    found[num_global + length :] = found[:, num_global + length :] = KINDS.index("padding")
+    return found
+
+
+def _one_hot_values(rows: int, width: int) -> list[Tensor]:
+    """Values (rows, width) that tell each row's share of the output, ``width`` rows at a time."""
+    whole = torch.eye(rows, -(-rows // width) * width)
+    return list(whole.split(width, dim=1))
+
+
+def _random_shares(config: LSGConfig, length: int, head: int) -> Tensor:
+    if not 0 <= head < HEADS:
+        raise ValueError(f"head={head} must be from 0 to {HEADS - 1}: random numbers have {HEADS}")
+    rows = config.num_global_tokens + length
+    generator = torch.Generator().manual_seed(config.seed or 0)
+    query, key = torch.randn(2, 1, HEADS, rows, HEAD_SIZE, generator=generator)
+    columns = [
+        lsg_attention(
+            query,
+            key,
+            value.expand_as(key),
+            block_size=config.block_size,
+            sparse_block_size=config.sparse_block_size,
+            sparsity_factor=config.sparsity_factor,
+            sparsity_type=config.sparsity_type,
+            num_global_tokens=config.num_global_tokens,
+            lsh_num_pre_rounds=config.lsh_num_pre_rounds,
+            seed=config.seed,
+        )[0, head]
+        for value in _one_hot_values(rows, HEAD_SIZE)
+    ]
+    return torch.cat(columns, dim=1)[:, :rows]
+
+
+def _shares_of_layer(
+    model: nn.Module, length: int, layer: int, head: int, input_ids: Tensor | None
+) -> Tensor:
+    base, family = find_base(model)
+    modules = find_modules(base, family.attentions)
+    heads = int(getattr(modules[0], family.names.heads))
+    for name, value, count in (("layer", layer, len(modules)), ("head", head, heads)):
+        if not 0 <= value < count:
+            raise ValueError(f"{name}={value} must be from 0 to {count - 1}")
+    attention: Any = modules[layer]
+    if input_ids is None:
+        generator = torch.Generator().manual_seed(0)
+        words = int(getattr(base.config, "vocab_size"))  # noqa: B009
+        input_ids = torch.randint(words // 10, words, (1, length), generator=generator)
+    columns = []
+
+    def read(module: Any, args: Any, kwargs: Any) -> None:
+        query, key, _, choose_by, layout = module.projected(args, kwargs)
+        for value in _one_hot_values(key.shape[2], key.shape[3]):
+            context = module.attend(layout, query, key, value.expand_as(key), choose_by)
+            columns.append(context.unflatten(-1, (heads, -1))[0, :, head])
+
+    handle = attention.register_forward_pre_hook(read, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            base(input_ids=input_ids)
+    finally:
+        handle.remove()
+    shares = torch.cat(columns, dim=1)
+    return shares[:, : shares.shape[0]]
+
+
+def plot_pattern(
+    model_or_config: nn.Module | Holder | LSGConfig,
+    length: int,
+    layer: int = 0,
+    head: int = 0,
+    query: int | None = None,
+    *,
+    input_ids: Tensor | None = None,
+    axes: Any = None,
+) -> Any:
+    """Draw who attends to whom: queries downwards, keys to the right, the global tokens first.
+
+    Args:
+        query: only what this token sees, as one row. None: all.
+        axes: to draw into. None: new ones.
+
+    For the others see ``pattern``.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: as ``pattern``, or there is no such ``query``.
+    """
+    colors, patches = _matplotlib("colors"), _matplotlib("patches")
+    found = pattern(model_or_config, length, layer, head, input_ids)
+    is_config = isinstance(model_or_config, LSGConfig)
+    config: Any = model_or_config if is_config else get_config(model_or_config)  # type: ignore[arg-type]
+    if query is not None:
+        if not 0 <= query < length:
+            raise ValueError(f"query={query} must be from 0 to {length - 1}")
+        row = config.num_global_tokens + query
+        found = found[row : row + 1]
+    axes = _axes(axes)
+    axes.imshow(
+        found.numpy(),
+        cmap=colors.ListedColormap(COLOURS),
+        vmin=-0.5,
+        vmax=len(KINDS) - 0.5,
+        interpolation="nearest",
+        aspect="auto" if query is not None else "equal",
+    )
+    axes.set_title(config.sparsity_type)
+    axes.set_xlabel("key")
+    axes.set_ylabel("query")
+    present = [kind for kind in range(1, len(KINDS)) if (found == kind).any()]
+    axes.legend(
+        handles=[patches.Patch(color=COLOURS[kind], label=KINDS[kind]) for kind in present],
+        loc="upper right",
+        fontsize="small",
+    )
+    return axes
+
+
+def plot_cost(config: LSGConfig, lengths: Sequence[int], *, axes: Any = None) -> Any:
+    """Draw the scores that a head computes against the length: operations and memory grow with them.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    axes = _axes(axes)
+    axes.plot(
+        lengths, [n * n for n in lengths], color=COLOURS[2], marker="o", label="full attention"
+    )
+    ours = [scores(config, n) for n in lengths]
+    axes.plot(lengths, ours, color=COLOURS[1], marker="o", label=f"LSG, {config.sparsity_type}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=10)
+    axes.set_xticks(list(lengths), [f"{n:,}" for n in lengths], rotation=45)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("scores of a head")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def _axes(given: Any) -> Any:
+    if given is not None:
+        return given
+    _, axes = _matplotlib("pyplot").subplots(figsize=(5, 5), layout="constrained")
+    return axes
+
+
+def _matplotlib(name: str) -> Any:
+    try:
+        return import_module(f"matplotlib.{name}")
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install lsg-patch[plots]") from error
