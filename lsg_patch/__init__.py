@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from lsg_patch.config import LSGConfig
     from lsg_patch.conversion import convert
+    from lsg_patch.exporting import export_onnx
     from lsg_patch.families import AttentionNames, Family, Rotary, register_family
     from lsg_patch.overview import overview
     from lsg_patch.patching import (
@@ -40,6 +41,7 @@ __all__ = [
     "convert",
     "disable_auto_patching",
     "enable_auto_patching",
+    "export_onnx",
     "freeze_except_global",
     "from_pretrained",
     "get_config",
@@ -66,6 +68,7 @@ _ROOMS = {
     ),
     "config": ("LSGConfig",),
     "conversion": ("convert",),
+    "exporting": ("export_onnx",),
     "families": ("AttentionNames", "Family", "Rotary", "register_family"),
     "overview": ("overview",),
     "plots": ("plot_cost", "plot_pattern"),

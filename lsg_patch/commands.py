@@ -207,6 +207,41 @@ def convert(
     raise typer.Exit(0 if done.passed else 1)
 
 
+@app.command(epilog="Example: `lsg-patch export long-bert long-bert.onnx --int8`")
+@with_settings
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens; by default 4096, or the model's own.")
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX, 18 or later.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Write one of 8 bits beside it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Write a model as ONNX for all lengths, checked by onnxruntime."""
+    from lsg_patch.exporting import export_checkpoint
+
+    _without_bars()
+    done = export_checkpoint(
+        model,
+        out,
+        max_length=max_length,
+        settings=settings,
+        opset=opset,
+        int8=int8,
+        overwrite=overwrite,
+    )
+    print(f"{done.path}: largest difference from the model's outputs {done.difference:.1e}")
+    if done.int8_path is not None:
+        print(
+            f"{done.int8_path}: cosine to those outputs {done.mean_cosine:.4f} in the mean, "
+            f"{done.least_cosine:.4f} at least"
+        )
+
+
 @app.command(epilog="Example: `lsg-patch plot pattern.png --length 1024 --sparsity-type lsh`")
 @with_settings
 def plot(

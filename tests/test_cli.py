@@ -18,7 +18,7 @@ from lsg_patch.families import FAMILIES
 from tests.models import tiny_model
 from tests.tokenizers import real_tokenizer
 
-COMMANDS = ("demo", "families", "inspect", "convert", "plot", "bench")
+COMMANDS = ("demo", "families", "inspect", "convert", "export", "plot", "bench")
 
 
 def run(*arguments: object) -> int:
@@ -87,6 +87,18 @@ def test_every_setting_is_an_option_and_explained(capsys: Any, monkeypatch: Any)
         ["convert", "CHECKPOINT", "CHECKPOINT"],
         ["convert", "/no/such/folder", "OUT"],
         ["convert", "CHECKPOINT", "OUT", "--seed", "-1"],
+        ["export", "/no/such/folder", "OUT"],
+        [
+            "export",
+            "CHECKPOINT",
+            "OUT",
+            "--opset",
+            "17",
+            "--block-size",
+            "16",
+            "--num-global-tokens",
+            "0",
+        ],
         ["plot", "OUT.png", "--model", "CHECKPOINT", "--layer", "9"],
         ["plot", "OUT.png", "--head", "9"],
         ["plot", "OUT.png", "--length", "64", "--query", "64"],

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
 
-from tests.ecosystem.test_exporting import check, encoder, example_of
+import lsg_patch
+from lsg_patch import cli, exporting
+from lsg_patch.demo import bundled_model, module_text
+from tests.ecosystem.test_exporting import SETTINGS, check, encoder, example_of
+from tests.models import ids_like, right_padded, tiny_model
+from tests.seq2seq import tiny_model as tiny_seq2seq
 
 
 @pytest.mark.parametrize("selection", ["norm", "lsh", "bos_pooling"])
@@ -46,3 +55,136 @@ def test_the_exporter_by_a_trace_is_told_of(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(path)
     [found] = session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(ids, mask), rtol=0, atol=1e-4)
+
+
+def session_of(path: Path) -> Any:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_model_with_a_head(family: str, tmp_path: Path) -> None:
+    """Its inputs and outputs have names; sizes that were not checked agree as well."""
+    cls = {"bert": "BertForTokenClassification", "roberta": "RobertaForTokenClassification"}[family]
+    model = lsg_patch.patch_model(tiny_model(family, getattr(transformers, cls)), **SETTINGS)
+    model.train()
+    done = lsg_patch.export_onnx(model, tmp_path / "model.onnx")
+    assert model.training
+    assert done.difference < 1e-4 and done.int8_path is None
+    session = session_of(done.path)
+    names = [x.name for x in session.get_inputs()]
+    types = ["token_type_ids"]  # RoBERTa has one type
+    assert names == ["input_ids", "attention_mask", *types]
+    assert [x.name for x in session.get_outputs()] == ["logits"]
+    mask = right_padded(100, 41, 7)
+    given = {"input_ids": ids_like(mask, family), "attention_mask": mask}
+    given["token_type_ids"] = (torch.arange(100) > 50).long().expand(3, -1)
+    with torch.no_grad():
+        expected = model.eval()(**given).logits
+    [found] = session.run(None, {name: x.numpy() for name, x in given.items()})
+    torch.testing.assert_close(
+        torch.from_numpy(found)[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-4
+    )
+
+
+def test_real_weights_by_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "encoder.onnx"
+    more = ("--block-size", "64", "--sparsity-type", "none", "--max-length", "2048", "--int8")
+    assert cli.main(["export", str(bundled_model()), str(out), *more]) == 0
+    told = capsys.readouterr().out
+    assert "largest difference" in told and "cosine" in told
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model())
+    model = AutoModel.from_pretrained(bundled_model()).eval()
+    lsg_patch.patch_model(model, 64, "none", max_position_embeddings=2048, tokenizer=tokenizer)
+    texts = [module_text("json.decoder"), module_text("argparse")]
+    given = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    assert given["input_ids"].shape == (2, 2048)
+    with torch.no_grad():
+        expected = model(**given).last_hidden_state
+    for file, least in ((out, 1 - 1e-6), (tmp_path / "encoder.int8.onnx", 0.98)):
+        session = session_of(file)
+        feed = {x.name: given[x.name].numpy() for x in session.get_inputs()}
+        found = torch.from_numpy(session.run(None, feed)[0])
+        weights = given["attention_mask"][..., None]
+        means = [(x * weights).sum(1) / weights.sum(1) for x in (found, expected)]
+        assert torch.cosine_similarity(*means).min() > least
+
+
+def test_what_was_saved_patched_is_exported_as_it_was_saved(tmp_path: Path) -> None:
+    model = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS, num_global_tokens=0)
+    model.save_pretrained(tmp_path / "saved")
+    done = exporting.export_checkpoint(str(tmp_path / "saved"), tmp_path / "model.onnx")
+    mask = right_padded(90)
+    given = {"input_ids": ids_like(mask, "bert"), "attention_mask": mask}
+    given["token_type_ids"] = torch.zeros_like(mask)
+    found = session_of(done.path).run(None, {name: x.numpy() for name, x in given.items()})[0]
+    with torch.no_grad():
+        expected = model(**given).last_hidden_state
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-4)
+
+
+def decoder() -> nn.Module:
+    return tiny_model("bert", transformers.BertLMHeadModel, is_decoder=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: tiny_model("bert"), {}, "not patched: patch_model"),
+        (lambda: lsg_patch.patch_model(decoder(), **SETTINGS), {}, "has a decoder"),
+        (lambda: lsg_patch.patch_model(tiny_seq2seq("bart"), **SETTINGS), {}, "has a decoder"),
+        (lambda: encoder().model, {"opset": 17}, "opset=17 is too old: pass 18 or later"),
+        (lambda: encoder().model.double(), {}, r"model.float\(\) first"),
+        (lambda: encoder().model, {"path": "no/such/model.onnx"}, "no folder .* make it first"),
+        (lambda: encoder().model, {"path": "there.onnx"}, "there already: name another"),
+        (
+            lambda: encoder().model,
+            {"path": "x.onnx", "int8": True},
+            "x.int8.onnx' is there already",
+        ),
+    ],
+    ids=["plain", "decoder", "seq2seq", "opset", "float64", "folder", "file", "int8 file"],
+)
+def test_what_cannot_be_exported(
+    make: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "there.onnx").write_text("mine")
+    (tmp_path / "x.int8.onnx").write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    path = tmp_path / options.pop("path", "model.onnx")
+    with pytest.raises(ValueError, match=message):
+        lsg_patch.export_onnx(make(), path, **options)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "there.onnx").read_text() == "mine"
+
+
+def test_an_export_that_is_wrong_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.onnx.export
+
+    def of_another(module: Any, *given: Any, **options: Any) -> Any:
+        other = copy.deepcopy(module)
+        with torch.no_grad():
+            next(other.parameters()).add_(1.0)
+        return real(other, *given, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", of_another)
+    with pytest.raises(RuntimeError, match="nothing was written"):
+        lsg_patch.export_onnx(encoder().model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["onnxruntime", "onnxscript"])
+def test_a_missing_package_is_named(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = exporting.import_module
+
+    def without(name: str) -> Any:
+        if name.partition(".")[0] == missing:
+            raise ImportError(f"No module named {name!r}")
+        return real(name)
+
+    monkeypatch.setattr(exporting, "import_module", without)
+    with pytest.raises(ImportError, match=rf"{missing}: pip install lsg-patch\[onnx\]"):
+        lsg_patch.export_onnx(encoder().model, tmp_path / "model.onnx")
