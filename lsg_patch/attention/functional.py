@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsg_patch.attention.backends import auto, dense, flex, sdpa
+from lsg_patch.attention.backends import dense, flex, sdpa
 from lsg_patch.attention.bias import RelativeBias
-from lsg_patch.attention.blocks import Blocks, joined
-from lsg_patch.attention.compiling import is_exporting
+from lsg_patch.attention.blocks import Blocks, Keys, joined
+from lsg_patch.attention.compiling import is_compiling, is_exporting
 from lsg_patch.attention.geometry import Geometry
-from lsg_patch.attention.keys import Keys
 from lsg_patch.attention.sparsity import (
     SPARSITY_TYPES,
     SelectionInputs,
@@ -23,8 +24,24 @@ from lsg_patch.attention.sparsity import (
     select,
 )
 
+logger = logging.getLogger(__name__)
+
+
+def _auto(blocks: Blocks) -> Tensor:
+    if not is_compiling():  # a log has no place in a graph
+        _log_choice()
+    return sdpa.block_attention(blocks)
+
+
+@cache
+def _log_choice() -> None:
+    logger.info(
+        "LSG attention runs by sdpa: it runs anywhere; backend='flex' is taken where asked for"
+    )
+
+
 BACKENDS: dict[str, Callable[[Blocks], Tensor]] = {
-    "auto": auto.block_attention,
+    "auto": _auto,
     "dense": dense.block_attention,
     "sdpa": sdpa.block_attention,
     "flex": flex.block_attention,
@@ -37,7 +54,7 @@ def check_backend(name: str) -> None:
     Raises:
         ValueError: there is none, or this torch lacks what it needs.
     """
-    if name not in tuple(BACKENDS):
+    if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
     reason = flex.missing() if name == "flex" else None
     if reason is not None:
@@ -130,8 +147,8 @@ def lsg_attention(
         relative_bias: what is added to the scaled scores by the distance of key and query. With
             ``num_global_tokens`` it needs their positions.
         backend: for more than two blocks of tokens: "dense" (quadratic), "sdpa" (anywhere), "flex"
-            (compiled at its first call; no dropout, and forward alone on a CPU), or "auto", which
-            says in the log what it takes.
+            (compiled at its first call; no dropout, and forward alone on a CPU), or "auto": "sdpa",
+            which it says in the log.
 
     Returns:
         (B, H, N, D), in the dtype of autocast where it is on. Rows that see no key at all are finite and
@@ -227,7 +244,7 @@ def _attention(
     has_kept_keys = key.shape[2] > query.shape[2]
 
     def bias_of(queries: slice, keys: slice) -> Tensor | None:
-        return None if bias is None else bias.of_rows(num_global + length, queries, keys)
+        return None if bias is None else bias.between_rows(num_global + length, queries, keys)
 
     seen = None if mask is None else F.pad(mask, (num_global, 0), value=True).unsqueeze(1)
     # what is exported serves all lengths, so it takes the way that is right for all
@@ -302,7 +319,7 @@ def _full_causal_attention(
         bias = None
         if settings.bias is not None:
             rows = slice(before + start, end)
-            bias = settings.bias.of_rows(key.shape[2], rows, slice(end))
+            bias = settings.bias.between_rows(key.shape[2], rows, slice(end))
         parts.append(
             dense.full_attention(
                 part, keys, values, mask, settings.dropout_p, settings.scale, True, bias

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsg_patch.attention.blocks import Keys, additive, take_rows
 from lsg_patch.attention.compiling import is_compiling, is_exporting
 from lsg_patch.attention.geometry import Geometry
-from lsg_patch.attention.keys import Keys, additive, take_rows
 
 
 class SelectionInputs(NamedTuple):
@@ -27,7 +27,7 @@ class SelectionInputs(NamedTuple):
     ``tokens`` has (B, H, T, D) keys with a (B, 1, T) mask; ``first_query`` (B, H, D) is the first
     token's query; ``projections`` are those of ``draw_projections``; ``choose_by`` (B, H, T, D) has
     what tokens are chosen by. ``with_positions``: the keys are to have their positions, unless these
-    are ``Geometry.run_positions``.
+    are ``Geometry.sparse_positions``.
     """
 
     tokens: Keys
@@ -106,8 +106,8 @@ def _block_stride(inputs: SelectionInputs) -> Keys:
     tokens, geometry, *_ = inputs
     heads, length = tokens.key.shape[1:3]
     device = tokens.key.device
-    run = torch.arange(geometry.step, device=device)
-    run = run + geometry.step * torch.arange(heads, device=device)[:, None]
+    run = torch.arange(geometry.sparse_per_block, device=device)
+    run = run + geometry.sparse_per_block * torch.arange(heads, device=device)[:, None]
     start = torch.arange(0, length, geometry.block_size, device=device)
     index = (run % geometry.block_size)[:, None, :] + start[:, None]
     return _take(inputs, index.flatten(1).expand(tokens.key.shape[0], -1, -1))

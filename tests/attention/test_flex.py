@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lsg_patch.attention.keys import Keys
 from torch import Tensor
 
 import lsg_patch
@@ -24,7 +25,6 @@ from lsg_patch.attention import Geometry, lsg_attention
 from lsg_patch.attention.backends import auto, dense, flex
 from lsg_patch.attention.backends.flex import Call
 from lsg_patch.attention.blocks import Blocks
-from lsg_patch.attention.keys import Keys
 from tests.models import ids_like, right_padded, run, tiny_model
 from tests.oracle import oracle_attention
 
