@@ -48,7 +48,7 @@ def floor(length: int, sparsity_type: str) -> float:
         range(length), range(geometry.num_blocks(length) * geometry.sparse_per_block)
     )
     pairs = sum(
-        run.blocks * run.queries * (1 + run.local.size + sum(w.size for w in run.sparse))
+        run.num_blocks * run.num_queries * (1 + run.local.size + sum(w.size for w in run.sparse))
         for run in runs
     )
     return pairs / length**2

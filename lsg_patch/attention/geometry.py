@@ -69,7 +69,7 @@ class Run(NamedTuple):
         """Its rows of ``x`` (B, H, T, D), as a view (B, H, num_blocks, num_queries, D)."""
         start = self.first_block * self.local.stride
         rows: Tensor = x[:, :, start : start + self.num_blocks * self.num_queries]
-        return rows.unflatten(2, (self.num_blocks, self.num_queries))
+        return rows.view(*x.shape[:2], self.num_blocks, self.num_queries, *x.shape[3:])
 
     def span(self, window: Window) -> range:
         """The keys that any of its blocks sees through ``window``."""

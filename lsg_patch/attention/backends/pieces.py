@@ -55,8 +55,13 @@ class Piece(NamedTuple):
         windows = (*self.run.sparse, self.run.local)
         return self.blocks.global_keys.key.shape[2] + sum(window.size for window in windows)
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Its part of ``x`` (B, H, T, D), a view (rows, heads, blocks, b, D)."""
+    @property
+    def query(self) -> Tensor:
+        """Its queries, a view (rows, heads, blocks, b, D)."""
+        return self.run.queries(self.blocks.query)
+
+    def part(self, x: Tensor) -> Tensor:
+        """The same part of ``x`` (B, H, T, D), of all rows and heads."""
         return self.run.queries(x[self.rows, self.heads])
 
     def windows(self, name: str) -> list[Tensor]:
@@ -85,22 +90,20 @@ class Piece(NamedTuple):
         return bias if seen is None else additive(seen, blocks.query.dtype, bias)
 
     def _before(self, device: torch.device) -> Tensor:
-        """(b, keys): False for the keys after a query in its own block, whose keys come last."""
+        """(1, 1, 1, b, keys): False for the keys after a query in its own block, whose keys come last."""
         num_queries, num_keys = self.run.num_queries, self.num_keys
         own = min(num_queries, self.run.local.size)
         before = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
         before[:, num_keys - own :].tril_(own - num_queries)
-        return before
+        return before[None, None, None]
 
     def _positions(self) -> list[Tensor]:
         """Where the keys of ``windows`` stand, counted from the start of the block that sees them.
 
         Each (1 or rows, 1 or heads, 1 or blocks, size): what is the same for all blocks is there once.
         """
-        (bias, sparse, geometry), run = (
-            (self.blocks.bias, self.blocks.sparse, self.blocks.geometry),
-            self.run,
-        )
+        bias, sparse, geometry = self.blocks.bias, self.blocks.sparse, self.blocks.geometry
+        run = self.run
         assert bias is not None
         of_globals = bias.global_positions(self.blocks.global_keys.key.shape[2])
         device = of_globals.device

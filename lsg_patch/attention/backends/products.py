@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lsg_patch.attention.backends.pieces import Piece, Workspace, cache_bytes, pieces
 from lsg_patch.attention.blocks import Blocks, memory_like
-from lsg_patch.attention.geometry import Window, unfold_windows
+from lsg_patch.attention.geometry import unfold_windows
 
 # half precision would lose what the sums are made of
 DTYPES = (torch.float32, torch.float64)
@@ -29,7 +29,10 @@ def can_run(blocks: Blocks) -> bool:
 
 
 def block_attention(blocks: Blocks) -> Tensor:
-    """LSG attention of the tokens' queries, after the global output: (B, H, g + T, D); differentiable once."""
+    """LSG attention of the tokens' queries, after the global output: (B, H, g + T, D).
+
+    Differentiable once.
+    """
     most_bytes, seed = cache_bytes(blocks.dropout_p > 0), 0
     if blocks.dropout_p:
         # by the global random state, so that checkpointing and a seed of the user repeat it
@@ -48,8 +51,12 @@ def _attend(blocks: Blocks, most_bytes: int, seed: int) -> Tensor:
         probabilities = step.probabilities()
         if step.dropout_mask is not None:
             probabilities.mul_(step.dropout_mask)
-        output = step.like_query("output")
-        torch.baddbmm(output, probabilities, step.values(), beta=0, alpha=step.rescale, out=output)
+        output, count = step.like_query("output"), 0
+        for value in step.value_parts():
+            share = probabilities[:, :, count : count + value.shape[1]]
+            beta = int(count > 0)
+            torch.baddbmm(output, share, value, beta=beta, alpha=step.rescale, out=output)
+            count += value.shape[1]
         step.write(output, tokens_out)
     return out
 
@@ -125,11 +132,11 @@ class _Step(NamedTuple):
 
     def read(self, x: Tensor) -> Tensor:
         """Its queries of ``x`` (B, H, T, D), as (N, b, D)."""
-        return self.piece.queries(x).reshape(self.query.shape)
+        return self.piece.part(x).reshape(self.query.shape)
 
     def write(self, x: Tensor, out: Tensor) -> None:
         """Writes ``x`` (N, b, D) where its queries are in ``out`` (B, H, T, D)."""
-        self.piece.queries(out).copy_(x.view(*self.piece.shape, -1))
+        self.piece.part(out).copy_(x.view(*self.piece.shape, -1))
 
     def probabilities(self) -> Tensor:
         """The softmax of the scores, (N, b, keys)."""
@@ -146,6 +153,16 @@ class _Step(NamedTuple):
         """(N, keys, D)."""
         return self.memory.gather("values", self.piece.windows("value"), self.key.shape[1])
 
+    def value_parts(self) -> list[Tensor]:
+        """The same in parts (N, n, D): those of the tokens, which are most, where they are."""
+        *others, tokens = self.piece.windows("value")
+        if sum(size > 1 for size in self.piece.shape[:3]) > 1:
+            return [self.values()]  # windows that move in two dimensions are no one batch
+        if not others:
+            return [tokens.flatten(0, 2)]
+        size = self.piece.num_keys - tokens.shape[3]
+        return [self.memory.gather("values", others, size), tokens.flatten(0, 2)]
+
     def add_to(self, grads: list[Tensor | None], given: Tensor) -> None:
         """Adds ``given`` (N, keys, D) to the gradients of the global, sparse and token rows it is of."""
         piece, run = self.piece, self.piece.run
@@ -157,20 +174,15 @@ class _Step(NamedTuple):
         count = grad_globals.shape[2]
         grad_globals.add_(given[:, :, :, :count].sum(2))
         for grad, windows in ((grad_sparse, run.sparse), (grad_tokens, (run.local,))):
-            if grad is None:
+            if grad is None or not windows:
                 continue
-            # windows of neighbouring blocks overlap, these parts of them do not
-            for part in (part for window in windows for part in _parts(window)):
-                (view,) = unfold_windows(grad, (part,), run.num_blocks, 2, run.first_block)
-                view.add_(given[:, :, :, count : count + part.size])
-                count += part.size
-
-
-def _parts(window: Window) -> Iterator[Window]:
-    """Parts of a window that do not overlap with those of the next block."""
-    for start in range(0, window.size, window.stride):
-        size = min(window.stride, window.size - start)
-        yield Window(window.start + start, size, window.stride)
+            views = unfold_windows(grad, windows, run.num_blocks, 2, run.first_block)
+            for window, view in zip(windows, views, strict=True):
+                # windows of neighbouring blocks overlap, parts of a stride do not
+                for start in range(0, window.size, window.stride):
+                    part = view[:, :, :, start : start + window.stride]
+                    part.add_(given[:, :, :, count : count + part.shape[3]])
+                    count += part.shape[3]
 
 
 def _steps(blocks: Blocks, most_bytes: int, seed: int) -> Iterator[_Step]:
@@ -178,7 +190,7 @@ def _steps(blocks: Blocks, most_bytes: int, seed: int) -> Iterator[_Step]:
     dropout, memory = _Dropout(blocks.dropout_p, seed), Workspace()
     of_line = LINE_BYTES // blocks.query.element_size()
     for piece in pieces(blocks, most_bytes):
-        query = piece.queries(blocks.query).flatten(0, 2)
+        query = piece.query.flatten(0, 2)
         num_keys = -(-piece.num_keys // of_line) * of_line
         dropout_mask = None
         if dropout.rate:
