@@ -16,13 +16,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lsg_patch.attention.keys import Keys
 from torch import Tensor
 
 import lsg_patch
 from lsg_patch.attention import Geometry, RelativeBias, functional, lsg_attention
 from lsg_patch.attention.backends import dense, flex
-from lsg_patch.attention.blocks import Blocks
+from lsg_patch.attention.blocks import Blocks, Keys
 from tests.models import ids_like, right_padded, run, tiny_model
 from tests.oracle import oracle_attention
 
@@ -261,10 +260,11 @@ def test_flex_does_not_run_inside_a_transform() -> None:
     reasons = []
 
     def function(query: Tensor) -> Tensor:
-        reasons.append(flex.why_not(_blocks(query=query)))
+        reasons.append(flex.why_not(blocks))
         return query
 
-    torch.func.vmap(function)(_inputs(4)[0][None])
+    blocks = _blocks()
+    torch.func.vmap(function)(blocks.query[None])
     assert "not inside another torch.compile" in str(reasons)
 
 

@@ -90,7 +90,8 @@ def block_attention(blocks: Blocks) -> Tensor:
         query, key, value = (F.pad(x, (0, LEAST_WIDTH - width)) for x in (query, key, value))
     if not torch.is_grad_enabled():
         query = query.detach()  # on CPU flex refuses whatever could have a gradient
-    out = compiled(Configuration.of(query, scale))(query, key, value, block_mask, scale)
+    run = compiled(query.device, query.dtype, heads, query.shape[3], scale)
+    out = run(query, key, value, block_mask, scale)
     return blocks.joined(out[:, :, :length, :width])
 
 
@@ -199,23 +200,11 @@ def _mask_function(mask: Tensor, begin: Tensor, end: Tensor) -> Callable[..., Te
 # --- compiled once for each configuration, and for all lengths ------------------------------------
 
 
-class Configuration(NamedTuple):
-    """What flex is compiled for: everything but sizes that change from batch to batch."""
-
-    device: torch.device
-    dtype: torch.dtype
-    heads: int
-    width: int
-    scale: float
-
-    @classmethod
-    def of(cls, query: Tensor, scale: float) -> Configuration:
-        return cls(query.device, query.dtype, query.shape[1], query.shape[3], scale)
-
-
 @lru_cache(maxsize=64)
-def compiled(configuration: Configuration) -> Callable[..., Tensor]:
-    """FlexAttention, compiled for this configuration at its first call."""
+def compiled(
+    device: torch.device, dtype: torch.dtype, heads: int, width: int, scale: float
+) -> Callable[..., Tensor]:
+    """FlexAttention, compiled for all that does not change from batch to batch, at its first call."""
     # torch counts compilations by code object, and gives up after a few: each has its own
     code = _attend.__code__.replace()
     own = FunctionType(code, _attend.__globals__)
