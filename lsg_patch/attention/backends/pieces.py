@@ -27,7 +27,8 @@ class Piece(NamedTuple):
         blocks: the queries and keys of these rows and heads, of all blocks.
         run: the blocks.
         has_hidden: whether some key in their windows is hidden by the mask.
-        bias: of these heads and blocks.
+        bias: of these heads.
+        causal: what is added to scores to keep queries from keys after them, (1, 1, 1, b, keys).
         rows, heads: of the batch.
     """
 
@@ -35,6 +36,7 @@ class Piece(NamedTuple):
     run: Run
     has_hidden: bool = True
     bias: BlockBias | None = None
+    causal: Tensor | None = None
     rows: slice = slice(None)
     heads: slice = slice(None)
 
@@ -42,7 +44,8 @@ class Piece(NamedTuple):
     def whole(cls, blocks: Blocks, run: Run, has_hidden: bool = True) -> Piece:
         """A run of all rows and heads."""
         bias = blocks.bias and blocks.bias.by_block(run.num_queries)
-        return cls(blocks, run, has_hidden, bias)
+        whole = cls(blocks, run, has_hidden, bias)
+        return whole._replace(causal=whole._causal()) if blocks.geometry.is_causal else whole
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -77,25 +80,23 @@ class Piece(NamedTuple):
 
     def added(self) -> Tensor | None:
         """Mask and bias, as what is added to scores: (1 or rows, 1 or heads, 1 or blocks, 1 or b, keys)."""
-        blocks, seen = self.blocks, None
+        bias = None if self.bias is None else self.bias.between(self._positions())
         if self.has_hidden:
             masks = self.windows("mask")
             heads = max(mask.shape[1] for mask in masks)
             seen = torch.cat([mask.expand(-1, heads, -1, -1) for mask in masks], dim=-1)
-            seen = seen.unsqueeze(-2)
-        if blocks.geometry.is_causal:
-            before = self._before(blocks.query.device)
-            seen = before if seen is None else seen & before
-        bias = None if self.bias is None else self.bias.between(self._positions())
-        return bias if seen is None else additive(seen, blocks.query.dtype, bias)
+            bias = additive(seen.unsqueeze(-2), self.blocks.query.dtype, bias)
+        if self.causal is None or bias is None:
+            return self.causal if bias is None else bias
+        return bias + self.causal
 
-    def _before(self, device: torch.device) -> Tensor:
-        """(1, 1, 1, b, keys): False for the keys after a query in its own block, whose keys come last."""
-        num_queries, num_keys = self.run.num_queries, self.num_keys
+    def _causal(self) -> Tensor:
+        """Hides the keys after a query in its own block, whose keys come last."""
+        query, num_queries, num_keys = self.blocks.query, self.run.num_queries, self.num_keys
         own = min(num_queries, self.run.local.size)
-        before = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-        before[:, num_keys - own :].tril_(own - num_queries)
-        return before[None, None, None]
+        seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        seen[:, num_keys - own :].tril_(own - num_queries)
+        return additive(seen, query.dtype)[None, None, None]
 
     def _positions(self) -> list[Tensor]:
         """Where the keys of ``windows`` stand, counted from the start of the block that sees them.
@@ -158,7 +159,9 @@ def pieces(blocks: Blocks, most_bytes: int) -> Iterator[Piece]:
                         first_block=run.first_block + some_blocks.start,
                         num_blocks=some_blocks.stop - some_blocks.start,
                     )
-                    yield Piece(part, some, whole.has_hidden, bias, some_rows, some_heads)
+                    yield Piece(
+                        part, some, whole.has_hidden, bias, whole.causal, some_rows, some_heads
+                    )
 
 
 def cache_bytes(with_dropout: bool = False) -> int:
