@@ -15,8 +15,8 @@ from lsg_patch.attention.blocks import Blocks, Keys, additive
 from lsg_patch.attention.geometry import Run, unfold_windows
 
 # bytes of the keys, values and scores of a piece, for each thread: what its cache holds until used
-CACHE_BYTES = 4 << 20
-MOST_THREADS = 16  # whose caches are counted: what several threads share does not grow with them
+CACHE_BYTES = 8 << 20
+MOST_THREADS = 8  # whose caches are counted: what several threads share does not grow with them
 FIRST_THREADS = torch.get_num_threads()
 
 
