@@ -18,19 +18,18 @@ from torch.nn import functional as F
 
 from lsg_patch.attention.compiling import is_exporting
 
-# Blocks of 4 tokens, one sparse token for 2 tokens, sparse blocks of 4; what block 3 sees:
+# Blocks of 4 tokens, a sparse token for 2 tokens and sparse blocks of 4. What block 3 of 34 tokens sees:
 #
-#   tokens          0 1 2 3|4 5 6 7|8 9 . .|. . . .|. . . .|. . . .|. .      26 tokens: 7 blocks
-#   local window                   [. . . . . . . . . . . .]                 itself and its neighbours
-#   sparse tokens    0   1 | 2   3 | 4   5 | 6   7 | 8   9 | . . . | .       2 of each block
-#   sparse windows [ 0   1   2   3 ]                       [ . . . . ]       those beside them
-#
-#   runs           |   0   |   1   |           2           |   3   |  4 |    windows of one size
-#   pieces         |       |       |       |       |       |       |    |    parts of a run, and of
-#                                                                            the batch and the heads
+#   block          |   0   |   1   |   2   |   3   |   4   |   5   |   6   |   7   | 8 |
+#   tokens         |. . . .|. . . .|. . . .|. . . .|. . . .|. . . .|. . . .|. . . .|. .|
+#   sparse tokens  | s   s | s   s | s   s | s   s | s   s | s   s | s   s | s   s | s |
+#   local window                   [-----------------------]   its own block and the neighbours
+#   sparse windows [---------------]                       [---------------]   sparse tokens beside them
+#   runs           |   0   |   1   |   2   |       3       |   4   |   5   |   6   | 7 |
 #
 # The ends of the sequence cut windows off: a run is neighbouring blocks whose windows have the same
-# sizes. A piece (`backends/pieces.py`) is as much of a run as a processor's cache holds.
+# sizes, here 3 and 4. A piece (`backends/pieces.py`) is as much of a run, for some heads and some rows of
+# the batch, as a processor's cache holds: what is computed at a time.
 
 
 @dataclass(frozen=True)

@@ -197,10 +197,10 @@ def _never_seen(mask: Tensor) -> int:
     return [*seen, True].index(True)
 
 
-def _holds(span: range, places: list[int]) -> bool:
-    """Whether one of the ``places``, which are in order, is in ``span``."""
-    next_one = bisect_left(places, span.start)
-    return next_one < len(places) and places[next_one] < span.stop
+def _holds(span: range, indices: list[int]) -> bool:
+    """Whether one of ``indices``, which are in order, is in ``span``."""
+    next_one = bisect_left(indices, span.start)
+    return next_one < len(indices) and indices[next_one] < span.stop
 
 
 class Workspace:
