@@ -44,9 +44,11 @@ def floor(length: int, sparsity_type: str) -> float:
     geometry = Geometry(128, 0 if sparsity_type == "none" else 128, 2)
     if length <= geometry.full_length:
         return 1.0
-    runs = geometry.runs(length, geometry.num_blocks(length) * geometry.step)
+    runs = geometry.runs(
+        range(length), range(geometry.num_blocks(length) * geometry.sparse_per_block)
+    )
     pairs = sum(
-        run.blocks * run.queries * (1 + run.local.size + sum(w.size for w in run.sparse))
+        run.num_blocks * run.num_queries * (1 + run.local.size + sum(w.size for w in run.sparse))
         for run in runs
     )
     return pairs / length**2

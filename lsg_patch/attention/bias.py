@@ -2,8 +2,7 @@
 
 Where keys stand: a token at its own place, also as a sparse token; a pooled sparse token (pooling,
 bos_pooling, lsh) at the mean place of the tokens that it is made of, rounded down, whatever their
-weights (pooling and bos_pooling: of its whole run, whatever is masked); a global row where the
-caller says.
+weights (pooling and bos_pooling: also of those that are masked); a global row where the caller says.
 """
 
 from __future__ import annotations
@@ -33,26 +32,33 @@ class RelativeBias(NamedTuple):
         """The distance from which on the bias is the same: ``m``."""
         return self.table.shape[1] // 2
 
+    def part(self, rows: slice, heads: slice) -> RelativeBias:
+        """The bias of these rows of the batch and these heads."""
+        positions = self.positions
+        if positions is not None and len(positions) > 1:
+            positions = positions[rows]
+        return RelativeBias(self.table[heads], positions)
+
     def between(self, query: Tensor, key: Tensor) -> Tensor:
         """(1 or B, H, n, m) for queries at (1 or B, n) and keys at (1 or B, 1 or H, m)."""
         distance = key.unsqueeze(-2) - query[:, None, :, None]
-        return _of_each_head(self.table, distance.clamp(-self.reach, self.reach) + self.reach)
+        return _look_up(self.table, distance.clamp(-self.reach, self.reach) + self.reach)
 
-    def of_rows(self, rows: int, queries: slice, keys: slice) -> Tensor:
-        """(1 or B, H, n, m) for some of all ``rows`` and some of them."""
-        places = self.positions
-        if places is None:
-            places = torch.arange(rows, device=self.table.device)[None]
-        return self.between(places[:, queries], places[:, None, keys])
+    def between_rows(self, length: int, queries: slice, keys: slice) -> Tensor:
+        """(1 or B, H, n, m) for these ``queries`` and ``keys`` of the ``length`` rows."""
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(length, device=self.table.device)[None]
+        return self.between(positions[:, queries], positions[:, None, keys])
 
-    def of_globals(self, num_global: int) -> Tensor:
-        """(1 or B, 1, num_global): how far the global rows stand behind the first token."""
+    def global_positions(self, num_global: int) -> Tensor:
+        """(1 or B, 1, num_global): where the global rows stand, counted from the first token."""
         if self.positions is None:
             return torch.zeros(1, 1, 0, dtype=torch.long, device=self.table.device)
-        places = self.positions[:, None, : num_global + 1]
-        return places[..., :-1] - places[..., -1:]
+        positions = self.positions[:, None, : num_global + 1]
+        return positions[..., :-1] - positions[..., -1:]
 
-    def of_blocks(self, block_size: int) -> BlockBias:
+    def by_block(self, block_size: int) -> BlockBias:
         """The same for blocks of queries."""
         query = torch.arange(block_size, device=self.table.device)
         key = torch.arange(-self.reach, self.reach + block_size, device=self.table.device)
@@ -68,14 +74,19 @@ class BlockBias(NamedTuple):
 
     rows: Tensor
 
-    def of(self, key: Tensor) -> Tensor:
-        """(..., H, 1 or blocks, b, n) of keys at (..., 1 or H, 1 or blocks, n) from their block's start."""
+    def between(self, keys: list[Tensor]) -> Tensor:
+        """(1 or B, H, 1 or blocks, b, all n) for ``keys`` at (1 or B, 1 or H, 1 or blocks, n) each.
+
+        They are counted from their block's start.
+        """
         _, starts, block_size = self.rows.shape
         reach = (starts - block_size) // 2
-        index = key.clamp(-reach, reach + block_size - 1) + reach
-        return _of_each_head(self.rows, index).transpose(-1, -2)
+        indices = [x.clamp(-reach, reach + block_size - 1) + reach for x in keys]
+        found = [_look_up(self.rows, index).transpose(-1, -2) for index in indices]
+        shape = torch.broadcast_shapes(*(x.shape[:-1] for x in found))
+        return torch.cat([x.expand(*shape, -1) for x in found], dim=-1)
 
 
-def _of_each_head(x: Tensor, index: Tensor) -> Tensor:
+def _look_up(x: Tensor, index: Tensor) -> Tensor:
     """Entries (..., H, k, n, ...) of ``x`` (H, m, ...) at ``index`` (..., 1 or H, k, n)."""
     return x[torch.arange(len(x), device=x.device)[:, None, None], index]

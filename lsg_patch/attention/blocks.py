@@ -1,4 +1,4 @@
-"""What a backend is asked for: the tokens' part of an LSG attention."""
+"""What a backend is asked for: the tokens' queries and the keys that they attend to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,23 @@ from torch import Tensor
 
 from lsg_patch.attention.bias import RelativeBias
 from lsg_patch.attention.geometry import Geometry
-from lsg_patch.attention.keys import Keys
+
+
+class Keys(NamedTuple):
+    """``key`` and ``value`` (B, H, n, D); ``mask`` (B, 1 or H, n), True where a key is seen.
+
+    ``positions`` (1 or B, 1 or H, n) are where the keys stand among the tokens, if that is asked for
+    and does not follow from their index.
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+    positions: Tensor | None = None
+
+    def part(self, rows: slice, heads: slice) -> Keys:
+        """The keys of these rows of the batch and these heads."""
+        return Keys(*(None if x is None else _part(x, rows, heads) for x in self))  # type: ignore[arg-type]
 
 
 class Blocks(NamedTuple):
@@ -17,13 +33,12 @@ class Blocks(NamedTuple):
 
     Attributes:
         query: (B, H, T, D) of the tokens.
-        global_keys, sparse, tokens: keys that all blocks see, and those they see windows of;
-            ``sparse`` is None where there is no sparse part.
-        dropout_p: of the probabilities.
+        global_keys: keys that all blocks see.
+        sparse, tokens: keys that they see windows of; ``sparse`` is None without a sparse part.
         scale: of the scores.
+        dropout_p: of the probabilities.
         bias: what is added to the scaled scores by distance.
-        front: what the global tokens found, (B, H, g, D): it stands before the result, so that a
-            backend can write the result behind it at once.
+        global_output: the output of the global tokens, (B, H, g, D), which precedes the blocks'.
     """
 
     query: Tensor
@@ -34,37 +49,93 @@ class Blocks(NamedTuple):
     scale: float
     dropout_p: float = 0.0
     bias: RelativeBias | None = None
-    front: Tensor | None = None
+    global_output: Tensor | None = None
 
     @property
-    def num_sparse(self) -> int:
-        return 0 if self.sparse is None else self.sparse.key.shape[2]
+    def num_global(self) -> int:
+        """Rows of ``global_output``."""
+        return 0 if self.global_output is None else self.global_output.shape[2]
 
     @property
-    def num_front(self) -> int:
-        return 0 if self.front is None else self.front.shape[2]
+    def tensors(self) -> list[Tensor | None]:
+        """The queries, then keys and values: global, sparse (None where there are none), tokens."""
+        sparse = (None, None) if self.sparse is None else self.sparse[:2]
+        return [self.query, *self.global_keys[:2], *sparse, *self.tokens[:2]]
 
-    def with_front(self, out: Tensor) -> Tensor:
-        """``out`` (B, H, T, D) behind ``front``: (B, H, g + T, D)."""
-        return out if self.front is None else joined(self.front, out)
+    def with_tensors(self, *tensors: Tensor) -> Blocks:
+        """The same with other ``tensors``, in the order of these."""
+        query, global_key, global_value, key, value, token_key, token_value = tensors
+        return self._replace(
+            query=query,
+            global_keys=self.global_keys._replace(key=global_key, value=global_value),
+            sparse=self.sparse and self.sparse._replace(key=key, value=value),
+            tokens=self.tokens._replace(key=token_key, value=token_value),
+        )
 
     @property
     def needs_grad(self) -> bool:
         """Whether anybody will ask for a gradient."""
-        if not torch.is_grad_enabled():
-            return False
-        sides = [keys for keys in (self.global_keys, self.sparse, self.tokens) if keys is not None]
-        inputs = [self.query] + [x for keys in sides for x in (keys.key, keys.value)]
-        inputs += [] if self.bias is None else [self.bias.table]
-        return any(x.requires_grad for x in inputs)
+        inputs = [*self.tensors, None if self.bias is None else self.bias.table]
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+    def part(self, rows: slice, heads: slice) -> Blocks:
+        """The same for these rows of the batch and these heads, without ``global_output``."""
+        return self._replace(
+            query=self.query[rows, heads],
+            global_keys=self.global_keys.part(rows, heads),
+            sparse=self.sparse and self.sparse.part(rows, heads),
+            tokens=self.tokens.part(rows, heads),
+            bias=self.bias and self.bias.part(rows, heads),
+            global_output=None,
+        )
+
+    def joined(self, *outputs: Tensor) -> Tensor:
+        """``global_output`` and the blocks' ``outputs`` (B, H, n, D), one after the other."""
+        return joined(*(() if self.global_output is None else (self.global_output,)), *outputs)
+
+    def new_output(self) -> tuple[Tensor, Tensor]:
+        """Memory for the output (B, H, g + T, D), with ``global_output`` in it; the tokens' rows of it."""
+        out = memory_like(self.query, self.num_global + self.query.shape[2])
+        if self.global_output is not None:
+            out[:, :, : self.num_global] = self.global_output
+        return out, out[:, :, self.num_global :]
 
 
-def joined(front: Tensor, out: Tensor) -> Tensor:
-    """``front`` (B, H, g, D) and ``out`` (B, H, T, D) as (B, H, g + T, D), laid out as ``memory_like``."""
-    return torch.cat([front.transpose(1, 2), out.transpose(1, 2)], dim=1).transpose(1, 2)
+def joined(*outputs: Tensor) -> Tensor:
+    """``outputs`` (B, H, n, D) one after the other along n, laid out as ``memory_like``."""
+    return torch.cat([x.transpose(1, 2) for x in outputs], dim=1).transpose(1, 2)
 
 
-def memory_like(x: Tensor, rows: int) -> Tensor:
-    """Memory for (B, H, rows, D), laid out as (B, rows, H, D): joining the heads copies nothing."""
+def memory_like(x: Tensor, length: int) -> Tensor:
+    """Memory for (B, H, length, D), laid out as (B, length, H, D): joining the heads copies nothing."""
     batch, heads, _, width = x.shape
-    return x.new_empty(batch, rows, heads, width).transpose(1, 2)
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+def additive(mask: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """A boolean mask as what is added to scores: ``bias`` (or 0) where True, a penalty elsewhere.
+
+    It is half of the least finite number: a row in which nothing is seen then stays finite in every
+    dtype, where the least number itself would overflow to -inf and its softmax to NaN.
+    """
+    penalty = torch.finfo(dtype).min / 2
+    if bias is not None:
+        return bias.masked_fill(~mask, penalty)
+    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, penalty)
+
+
+def take_rows(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rows ``index`` (B, H, n) of each of the ``tensors`` (B, H, T, D), as (B, H, n, D)."""
+    batch, heads, length, width = tensors[0].shape
+    b = torch.arange(batch, device=index.device)[:, None, None]
+    h = torch.arange(heads, device=index.device)[:, None]
+    flat = ((b * length + index) * heads + h).flatten()
+    # projections come as (B, T, H, D) in memory, where this reshape is free and a row one copy
+    rows = (x.transpose(1, 2).reshape(-1, width) for x in tensors)
+    return tuple(x.index_select(0, flat).view(*index.shape, width) for x in rows)
+
+
+def _part(x: Tensor, rows: slice, heads: slice) -> Tensor:
+    """These rows and heads of ``x`` (1 or B, 1 or H, ...), where it has more than one."""
+    everything = slice(None)
+    return x[rows if x.shape[0] > 1 else everything, heads if x.shape[1] > 1 else everything]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsg_patch.attention.backends import auto, dense, flex, sdpa
+from lsg_patch.attention.backends import dense, flex, sdpa
 from lsg_patch.attention.bias import RelativeBias
-from lsg_patch.attention.blocks import Blocks, joined
-from lsg_patch.attention.compiling import is_exporting
+from lsg_patch.attention.blocks import Blocks, Keys, joined
+from lsg_patch.attention.compiling import is_compiling, is_exporting
 from lsg_patch.attention.geometry import Geometry
-from lsg_patch.attention.keys import Keys
 from lsg_patch.attention.sparsity import (
     SPARSITY_TYPES,
     SelectionInputs,
@@ -23,8 +24,24 @@ from lsg_patch.attention.sparsity import (
     select,
 )
 
+logger = logging.getLogger(__name__)
+
+
+def _auto(blocks: Blocks) -> Tensor:
+    if not is_compiling():  # a log has no place in a graph
+        _log_choice()
+    return sdpa.block_attention(blocks)
+
+
+@cache
+def _log_choice() -> None:
+    logger.info(
+        "LSG attention runs by sdpa: it runs anywhere; backend='flex' is taken where asked for"
+    )
+
+
 BACKENDS: dict[str, Callable[[Blocks], Tensor]] = {
-    "auto": auto.block_attention,
+    "auto": _auto,
     "dense": dense.block_attention,
     "sdpa": sdpa.block_attention,
     "flex": flex.block_attention,
@@ -37,7 +54,7 @@ def check_backend(name: str) -> None:
     Raises:
         ValueError: there is none, or this torch lacks what it needs.
     """
-    if name not in tuple(BACKENDS):
+    if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
     reason = flex.missing() if name == "flex" else None
     if reason is not None:
@@ -117,7 +134,7 @@ def lsg_attention(
             its place.
         is_causal: a token sees only what stands before it. The global rows then see each other
             alone, and the sparse tokens of the left side are seen. Then ``key`` and ``value`` may have
-            more rows than ``query``, those of earlier tokens that were kept: (B, H, num_global_tokens
+            more rows than ``query``, those of earlier tokens: (B, H, num_global_tokens
             + P + T, D) and a mask (B, P + T), the queries being the last T; everything before a token
             is seen by it.
         lsh_num_pre_rounds, lsh_projections, seed: for "lsh": rounds before the last one; the
@@ -130,8 +147,8 @@ def lsg_attention(
         relative_bias: what is added to the scaled scores by the distance of key and query. With
             ``num_global_tokens`` it needs their positions.
         backend: for more than two blocks of tokens: "dense" (quadratic), "sdpa" (anywhere), "flex"
-            (compiled at its first call; no dropout, and forward alone on a CPU), or "auto", which
-            says in the log what it takes.
+            (compiled at its first call; no dropout, and forward alone on a CPU), or "auto": "sdpa",
+            which it says in the log.
 
     Returns:
         (B, H, N, D), in the dtype of autocast where it is on. Rows that see no key at all are finite and
@@ -182,7 +199,7 @@ def lsg_attention(
     if padding_mask is not None:
         mask = padding_mask.to(torch.bool).expand(query.shape[0], -1)
     if first_token_global:
-        return _with_first_token_in_front(query, key, value, mask, settings)
+        return _with_first_token_global(query, key, value, mask, settings)
     return _attention(query, key, value, mask, mask, num_global_tokens, settings)
 
 
@@ -227,7 +244,7 @@ def _attention(
     has_kept_keys = key.shape[2] > query.shape[2]
 
     def bias_of(queries: slice, keys: slice) -> Tensor | None:
-        return None if bias is None else bias.of_rows(num_global + length, queries, keys)
+        return None if bias is None else bias.between_rows(num_global + length, queries, keys)
 
     seen = None if mask is None else F.pad(mask, (num_global, 0), value=True).unsqueeze(1)
     # what is exported serves all lengths, so it takes the way that is right for all
@@ -236,11 +253,11 @@ def _attention(
         added = bias_of(slice(None), slice(None))
         return dense.full_attention(query, key, value, seen, dropout_p, scale, bias=added)
     global_query, token_query = _split(query, num_global)
-    front = None
+    global_output = None
     if num_global:
         # a global token that saw the tokens would carry the future to those before
         visible = slice(num_global if geometry.is_causal else None)
-        front = dense.full_attention(
+        global_output = dense.full_attention(
             global_query,
             key[:, :, visible],
             value[:, :, visible],
@@ -251,7 +268,7 @@ def _attention(
         )
     if is_short:
         out = _full_causal_attention(token_query, key, value, seen, settings)
-        return out if front is None else joined(front, out)
+        return out if global_output is None else joined(global_output, out)
     everything = query.new_ones(batch, 1, length + num_global, dtype=torch.bool)
     everything = everything if seen is None else seen
     parts = (_split(x, num_global) for x in (key, value, everything))
@@ -273,7 +290,17 @@ def _attention(
         )
         sparse = select(settings.sparsity_type, inputs)
     return BACKENDS[settings.backend](
-        Blocks(token_query, global_keys, sparse, tokens, geometry, scale, dropout_p, bias, front)
+        Blocks(
+            token_query,
+            global_keys,
+            sparse,
+            tokens,
+            geometry,
+            scale,
+            dropout_p,
+            bias,
+            global_output,
+        )
     )
 
 
@@ -291,7 +318,7 @@ def _full_causal_attention(
 ) -> Tensor:
     """``query`` (B, H, n, D), the last of the (B, H, m, D) rows, over what stands before each.
 
-    Taken in parts, so that no mask is (n, m): many queries may meet many keys that were kept.
+    Taken in parts, so that no mask is (n, m): many queries may meet many earlier keys.
     """
     before, size, parts = key.shape[2] - query.shape[2], settings.geometry.full_length, []
     for start in range(0, max(1, query.shape[2]), size):
@@ -302,7 +329,7 @@ def _full_causal_attention(
         bias = None
         if settings.bias is not None:
             rows = slice(before + start, end)
-            bias = settings.bias.of_rows(key.shape[2], rows, slice(end))
+            bias = settings.bias.between_rows(key.shape[2], rows, slice(end))
         parts.append(
             dense.full_attention(
                 part, keys, values, mask, settings.dropout_p, settings.scale, True, bias
@@ -311,10 +338,10 @@ def _full_causal_attention(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _with_first_token_in_front(
+def _with_first_token_global(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: _Settings
 ) -> Tensor:
-    """Token 0 as a global token in front, and masked where it stands."""
+    """Token 0 as a global token before all others, and masked where it stands."""
     length = key.shape[2]
     mask = query.new_ones(query.shape[0], length, dtype=torch.bool) if mask is None else mask
 
@@ -328,10 +355,12 @@ def _with_first_token_in_front(
     # weighed pooling is by the first token's query, and counts that token where it stands
     weighs = settings.sparsity_type == "bos_pooling" and settings.geometry.sparsity_factor > 1
     if settings.bias is not None:
-        places = settings.bias.positions
-        places = torch.arange(length, device=query.device)[None] if places is None else places
-        places = torch.cat([places[:, :1], places], dim=1)
-        settings = settings._replace(bias=settings.bias._replace(positions=places))
+        positions = settings.bias.positions
+        positions = (
+            torch.arange(length, device=query.device)[None] if positions is None else positions
+        )
+        positions = torch.cat([positions[:, :1], positions], dim=1)
+        settings = settings._replace(bias=settings.bias._replace(positions=positions))
     out = _attention(query, key, value, elsewhere, mask if weighs else elsewhere, 1, settings)
     if settings.geometry.is_causal:
         return out[:, :, 1:]

@@ -18,6 +18,19 @@ from torch.nn import functional as F
 
 from lsg_patch.attention.compiling import is_exporting
 
+# Blocks of 4 tokens, a sparse token for 2 tokens and sparse blocks of 4. What block 3 of 34 tokens sees:
+#
+#   block          |   0   |   1   |   2   |   3   |   4   |   5   |   6   |   7   | 8 |
+#   tokens         |. . . .|. . . .|. . . .|. . . .|. . . .|. . . .|. . . .|. . . .|. .|
+#   sparse tokens  | s   s | s   s | s   s | s   s | s   s | s   s | s   s | s   s | s |
+#   local window                   [-----------------------]   its own block and the neighbours
+#   sparse windows [---------------]                       [---------------]   sparse tokens beside them
+#   runs           |   0   |   1   |   2   |       3       |   4   |   5   |   6   | 7 |
+#
+# The ends of the sequence cut windows off: a run is neighbouring blocks whose windows have the same
+# sizes, as blocks 3 and 4. A piece (`backends/pieces.py`) is as much of a run, for some heads and some rows of
+# the batch, as a processor's cache holds: what is computed at a time.
+
 
 @dataclass(frozen=True)
 class Window:
@@ -32,35 +45,35 @@ class Window:
         first = (key - self.start - self.size).div(self.stride, rounding_mode="floor") + 1
         return first, (key - self.start).div(self.stride, rounding_mode="floor")
 
-    def clipped(self, block: int, length: int, first: int = 0) -> Window:
-        """What block ``block`` sees of it among ``length`` keys, from key ``first`` on."""
+    def clipped(self, block: int, begin: int, end: int) -> Window:
+        """What of it block ``block`` sees among the keys ``[begin, end)``."""
         offset = block * self.stride
-        begin = max(first, offset + self.start)
-        end = min(length, offset + self.start + self.size)
+        begin = max(begin, offset + self.start)
+        end = min(end, offset + self.start + self.size)
         if end <= begin:
             return Window(0, 0, self.stride)
         return Window(begin - offset, end - begin, self.stride)
 
 
 class Run(NamedTuple):
-    """``blocks`` neighbouring blocks, from block ``first`` on, of ``queries`` queries each."""
+    """``num_blocks`` neighbouring blocks of ``num_queries`` queries each, whose windows are alike."""
 
-    first: int
-    blocks: int
-    queries: int
+    first_block: int
+    num_blocks: int
+    num_queries: int
     local: Window
     sparse: tuple[Window, ...]
 
-    def of(self, x: Tensor) -> Tensor:
-        """Its queries of ``x`` (B, H, T, ...), as a view (B, H, blocks, queries, ...)."""
-        start = self.first * self.local.stride
-        own: Tensor = x[:, :, start : start + self.blocks * self.queries]
-        return own.view(*x.shape[:2], self.blocks, self.queries, *x.shape[3:])
+    def queries(self, x: Tensor) -> Tensor:
+        """Its rows of ``x`` (B, H, T, D), as a view (B, H, num_blocks, num_queries, D)."""
+        start = self.first_block * self.local.stride
+        rows: Tensor = x[:, :, start : start + self.num_blocks * self.num_queries]
+        return rows.view(*x.shape[:2], self.num_blocks, self.num_queries, *x.shape[3:])
 
     def span(self, window: Window) -> range:
-        """The keys that its blocks see through ``window``, one or another."""
-        start = window.start + window.stride * self.first
-        return range(start, start + window.stride * (self.blocks - 1) + window.size)
+        """The keys that any of its blocks sees through ``window``."""
+        start = window.start + window.stride * self.first_block
+        return range(start, start + window.stride * (self.num_blocks - 1) + window.size)
 
 
 @dataclass(frozen=True)
@@ -108,15 +121,13 @@ class Geometry:
         return 2 * self.block_size
 
     @property
-    def step(self) -> int:
-        """Sparse tokens a block of tokens gives."""
+    def sparse_per_block(self) -> int:
+        """Sparse tokens that stand for a block of tokens."""
         return self.block_size // self.sparsity_factor
 
     @property
     def chunk(self) -> int:
-        """Tokens among which ``norm`` and ``lsh`` choose: a block, or the part that a smaller
-        sparse block divides it into. Chunks tile the blocks, so that none is cut by padding.
-        """
+        """Tokens among which ``norm`` and ``lsh`` choose: a block, or an equal part of one."""
         return math.gcd(self.block_size, min(self.block_size, self.sparse_block_size))
 
     @property
@@ -144,54 +155,57 @@ class Geometry:
         """Sparse tokens that a block sees: those that end, and begin, at its local window's edges."""
         if not self.has_sparse:
             return ()
-        left = Window(-self.step - self.sparse_block_size, self.sparse_block_size, self.step)
-        right = Window(2 * self.step, self.sparse_block_size, self.step)
+        left = Window(
+            -self.sparse_per_block - self.sparse_block_size,
+            self.sparse_block_size,
+            self.sparse_per_block,
+        )
+        right = Window(2 * self.sparse_per_block, self.sparse_block_size, self.sparse_per_block)
         return (left,) if self.is_causal else (left, right)
 
-    def run_positions(self, index: Tensor) -> Tensor:
-        """Where the sparse tokens of this ``index`` stand that are made of runs of tokens: mid-run."""
+    def sparse_positions(self, index: Tensor) -> Tensor:
+        """Where sparse tokens of this ``index`` stand that are means of neighbouring tokens."""
         return index * self.sparsity_factor + (self.sparsity_factor - 1) // 2
 
     def whole(self, length: int) -> Run:
-        """The blocks of ``length`` tokens, whose windows reach over the ends of the sequence."""
-        blocks = self.num_blocks(length)
-        return Run(0, blocks, self.block_size, self.local_window, self.sparse_windows)
+        """All blocks of ``length`` tokens as one run, with windows that leave the sequence."""
+        num_blocks = self.num_blocks(length)
+        return Run(0, num_blocks, self.block_size, self.local_window, self.sparse_windows)
 
-    def runs(self, length: int, num_sparse: int, first: int = 0) -> tuple[Run, ...]:
-        """The blocks of ``length`` tokens with windows that are cut off at the ends: neighbours
-        with windows of one size together. Tokens before ``first``, which is in the first block,
-        are in no window.
-        """
-        return _runs(self, length, num_sparse, first)
+    def runs(self, tokens: range, sparse: range) -> tuple[Run, ...]:
+        """The blocks of ``tokens.stop`` tokens, with windows that hold ``tokens`` and ``sparse`` alone."""
+        return _runs(self, tokens, sparse)
 
 
 @lru_cache(maxsize=256)
-def _runs(geometry: Geometry, length: int, num_sparse: int, first: int) -> tuple[Run, ...]:
-    def shape(block: int) -> tuple[int, Window, tuple[Window, ...]]:
-        queries = min(geometry.block_size, length - block * geometry.block_size)
-        sparse = (window.clipped(block, num_sparse) for window in geometry.sparse_windows)
-        local = geometry.local_window.clipped(block, length, first)
-        return queries, local, tuple(window for window in sparse if window.size)
+def _runs(geometry: Geometry, tokens: range, sparse: range) -> tuple[Run, ...]:
+    length = tokens.stop
 
-    alike = [
-        (what, list(blocks)) for what, blocks in groupby(range(geometry.num_blocks(length)), shape)
-    ]
-    return tuple(Run(blocks[0], len(blocks), *what) for what, blocks in alike)
+    def shape(block: int) -> tuple[int, Window, tuple[Window, ...]]:
+        num_queries = min(geometry.block_size, length - block * geometry.block_size)
+        local = geometry.local_window.clipped(block, tokens.start, length)
+        windows = (w.clipped(block, sparse.start, sparse.stop) for w in geometry.sparse_windows)
+        return num_queries, local, tuple(window for window in windows if window.size)
+
+    alike = [(key, list(run)) for key, run in groupby(range(geometry.num_blocks(length)), shape)]
+    return tuple(Run(run[0], len(run), *key) for key, run in alike)
 
 
 def unfold_windows(
-    x: Tensor, windows: tuple[Window, ...], num_blocks: int, dim: int, first: int = 0
+    x: Tensor, windows: tuple[Window, ...], num_blocks: int, dim: int, first_block: int = 0
 ) -> list[Tensor]:
     """Views of ``x`` cut into windows along ``dim``, zeros (False) where a window leaves it.
 
     ``x`` (..., n, ...) gives one (..., num_blocks, size, ...) for each window, of the blocks from
-    ``first`` on. Nothing is gathered: all are views of ``x``, or of one padded copy.
+    ``first_block`` on: all are views of ``x``, or of one padded copy.
     """
     dim %= x.dim()
     length = x.shape[dim]
     if is_exporting():
-        return [_looked_up(x, window, num_blocks, dim, first) for window in windows]
-    spans = [(w.start + first * w.stride, (num_blocks - 1) * w.stride + w.size) for w in windows]
+        return [_looked_up(x, window, num_blocks, dim, first_block) for window in windows]
+    spans = [
+        (w.start + first_block * w.stride, (num_blocks - 1) * w.stride + w.size) for w in windows
+    ]
     before = max(0, *(-start for start, _ in spans))
     after = max(0, *(start + size - length for start, size in spans))
     if before or after:
@@ -202,9 +216,9 @@ def unfold_windows(
     ]
 
 
-def _looked_up(x: Tensor, window: Window, num_blocks: int, dim: int, first: int) -> Tensor:
-    """A window of each block by index: views of sizes that are not known yet say too much of them."""
-    block = torch.arange(num_blocks, device=x.device)[:, None] + first
+def _looked_up(x: Tensor, window: Window, num_blocks: int, dim: int, first_block: int) -> Tensor:
+    """A window of each block by index: an exporter's sizes are not known, which views need."""
+    block = torch.arange(num_blocks, device=x.device)[:, None] + first_block
     index = block * window.stride + window.start + torch.arange(window.size, device=x.device)
     length = x.shape[dim]
     rows = x.index_select(dim, index.clamp(min=0).clamp(max=length - 1).flatten())

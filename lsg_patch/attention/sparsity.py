@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsg_patch.attention.blocks import Keys, additive, take_rows
 from lsg_patch.attention.compiling import is_compiling, is_exporting
 from lsg_patch.attention.geometry import Geometry
-from lsg_patch.attention.keys import Keys, additive, take_rows
 
 
 class SelectionInputs(NamedTuple):
@@ -27,7 +27,7 @@ class SelectionInputs(NamedTuple):
     ``tokens`` has (B, H, T, D) keys with a (B, 1, T) mask; ``first_query`` (B, H, D) is the first
     token's query; ``projections`` are those of ``draw_projections``; ``choose_by`` (B, H, T, D) has
     what tokens are chosen by. ``with_positions``: the keys are to have their positions, unless these
-    are ``Geometry.run_positions``.
+    are ``Geometry.sparse_positions``.
     """
 
     tokens: Keys
@@ -43,52 +43,66 @@ def select(sparsity_type: str, inputs: SelectionInputs) -> Keys:
     """The sparse tokens of a sequence: (B, H, n, D) keys and values with a (B, 1 or H, n) mask."""
     if inputs.geometry.sparsity_factor == 1:
         return inputs.tokens
-    length = inputs.tokens.key.shape[2]
-    missing = inputs.geometry.num_blocks(length) * inputs.geometry.block_size - length
-    if missing or is_compiling():
-
-        def padded(x: Tensor) -> Tensor:
-            return F.pad(x, (0, 0, 0, missing))
-
-        key, value, mask, _ = inputs.tokens
-        tokens = Keys(padded(key), padded(value), F.pad(mask, (0, missing)))
-        by = tokens.key if inputs.choose_by is key else padded(inputs.choose_by)
-        inputs = inputs._replace(tokens=tokens, choose_by=by)
     return SELECTIONS[sparsity_type](inputs)
+
+
+def _missing(inputs: SelectionInputs) -> int:
+    """Tokens that a last block lacks."""
+    length, geometry = inputs.tokens.key.shape[2], inputs.geometry
+    return geometry.num_blocks(length) * geometry.block_size - length
+
+
+def _padded(inputs: SelectionInputs) -> SelectionInputs:
+    """The same with whole blocks of tokens: hidden zeros at the end."""
+    missing = _missing(inputs)
+    if not is_compiling() and not missing:
+        return inputs
+
+    def padded(x: Tensor) -> Tensor:
+        # as (B, T, H, D), the order in memory
+        return F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, missing)).transpose(1, 2)
+
+    key, value, mask, _ = inputs.tokens
+    tokens = Keys(padded(key), padded(value), F.pad(mask, (0, missing)))
+    choose_by = tokens.key if inputs.choose_by is key else padded(inputs.choose_by)
+    return inputs._replace(tokens=tokens, choose_by=choose_by)
 
 
 def _norm(inputs: SelectionInputs) -> Keys:
     """The tokens that are longest in each chunk, the earlier one first among equals."""
     tokens, geometry, *_ = inputs
-    kept = geometry.chunk // geometry.sparsity_factor
-    key = inputs.choose_by.detach()
+    count = geometry.chunk // geometry.sparsity_factor
+    key, missing = inputs.choose_by.detach(), _missing(inputs)
     # as (B, T, H, D), the order in memory: five times as fast
     norm = torch.linalg.vector_norm(key.transpose(1, 2), dim=-1, dtype=_wide(key.dtype))
-    norm = norm.transpose(1, 2)
-    norm = norm.masked_fill(~tokens.mask, -1.0).unflatten(2, (-1, geometry.chunk))
-    order = _longest(norm, kept, in_order=geometry.cuts_chunks)
+    norm = norm.transpose(1, 2).masked_fill(~tokens.mask, -1.0)
+    norm = F.pad(norm, (0, missing), value=-1.0).unflatten(2, (-1, geometry.chunk))
+    # hidden tokens at the end of a sequence are then at the end here as well, where windows leave them out
+    in_order = geometry.cuts_chunks or (not is_compiling() and missing > 0)
+    order = _longest(norm, count, in_order)
+    order = order.flip(-1) if geometry.cuts_chunks else order
     index = order + geometry.chunk * torch.arange(order.shape[2], device=key.device)[:, None]
     return _take(inputs, index.flatten(2))
 
 
-def _longest(norm: Tensor, kept: int, in_order: bool) -> Tensor:
-    """Places (..., kept) of the greatest of ``norm`` (..., n), among equals of the earlier ones.
+def _longest(norm: Tensor, count: int, in_order: bool) -> Tensor:
+    """Indices (..., count) of the greatest of ``norm`` (..., n), among equals of the earlier ones.
 
-    ``in_order``: the greatest last; else in any order, which takes a fraction of the time.
+    ``in_order``: the greatest first; else in any order, which takes half of the time.
     """
     if is_exporting():  # ONNX knows neither bits nor a stable sort: how many come before each
         own, other = norm.unsqueeze(-1), norm.unsqueeze(-2)
         earlier = torch.ones(norm.shape[-1:] * 2, dtype=torch.bool, device=norm.device).tril(-1)
         before = ((other > own) | ((other == own) & earlier)).sum(-1)
-        return before.topk(kept, dim=-1, largest=False).indices.flip(-1)
+        return before.topk(count, dim=-1, largest=False).indices
     # other devices may not rank such integers
     by_bits = norm.device.type in ("cpu", "cuda")
     if norm.dtype != torch.float32 or not by_bits:
-        return norm.sort(dim=-1, descending=True, stable=True).indices[..., :kept].flip(-1)
+        return norm.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     # the bits of a float that is not negative, read as an integer, are in its order
     earlier = torch.arange(norm.shape[-1] - 1, -1, -1, device=norm.device)
     ranks = (norm.view(torch.int32).long() << 32) + earlier
-    return ranks.topk(kept, dim=-1, sorted=in_order).indices.flip(-1)
+    return ranks.topk(count, dim=-1, sorted=in_order).indices
 
 
 def _stride(inputs: SelectionInputs) -> Keys:
@@ -96,8 +110,9 @@ def _stride(inputs: SelectionInputs) -> Keys:
     tokens, geometry, *_ = inputs
     factor = geometry.sparsity_factor
     heads, length = tokens.key.shape[1:3]
-    first = torch.arange(heads, device=tokens.key.device) % factor
-    index = first[:, None] + torch.arange(0, length, factor, device=first.device)
+    offset = torch.arange(heads, device=tokens.key.device) % factor
+    runs = torch.arange(0, length + _missing(inputs), factor, device=offset.device)
+    index = offset[:, None] + runs
     return _take(inputs, index.expand(tokens.key.shape[0], -1, -1))
 
 
@@ -106,8 +121,8 @@ def _block_stride(inputs: SelectionInputs) -> Keys:
     tokens, geometry, *_ = inputs
     heads, length = tokens.key.shape[1:3]
     device = tokens.key.device
-    run = torch.arange(geometry.step, device=device)
-    run = run + geometry.step * torch.arange(heads, device=device)[:, None]
+    run = torch.arange(geometry.sparse_per_block, device=device)
+    run = run + geometry.sparse_per_block * torch.arange(heads, device=device)[:, None]
     start = torch.arange(0, length, geometry.block_size, device=device)
     index = (run % geometry.block_size)[:, None, :] + start[:, None]
     return _take(inputs, index.flatten(1).expand(tokens.key.shape[0], -1, -1))
@@ -115,7 +130,7 @@ def _block_stride(inputs: SelectionInputs) -> Keys:
 
 def _pooling(inputs: SelectionInputs) -> Keys:
     """The mean of the seen tokens of each run of ``sparsity_factor``."""
-    tokens, geometry, *_ = inputs
+    tokens, geometry, *_ = _padded(inputs)
     seen = tokens.mask.unflatten(2, (-1, geometry.sparsity_factor))
     weights = seen.to(_wide(tokens.key.dtype))
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
@@ -124,7 +139,7 @@ def _pooling(inputs: SelectionInputs) -> Keys:
 
 def _bos_pooling(inputs: SelectionInputs) -> Keys:
     """The mean of each run of ``sparsity_factor`` tokens, weighed by the first token's attention."""
-    tokens, geometry, first_query, scale, *_ = inputs
+    tokens, geometry, first_query, scale, *_ = _padded(inputs)
     wide = _wide(tokens.key.dtype)
     with torch.autocast(tokens.key.device.type, enabled=False):
         query, key = (first_query * scale).unsqueeze(-2), tokens.key.transpose(-1, -2)
@@ -142,9 +157,10 @@ def _lsh(inputs: SelectionInputs) -> Keys:
     The buckets of one round are the tokens of the next. A hash is linear up to the choice of its
     bucket, so sums of hashed tokens are hashed sums: only the last buckets are ever filled.
     """
-    tokens, geometry = inputs.tokens, inputs.geometry
-    if geometry.sparsity_factor == geometry.sparse_block_size:
+    if inputs.geometry.sparsity_factor == inputs.geometry.sparse_block_size:
         return _bos_pooling(inputs)
+    inputs = _padded(inputs)
+    tokens, geometry = inputs.tokens, inputs.geometry
     dtype = tokens.key.dtype
     wide = _wide(dtype)
     chunked = (-1, geometry.chunk)
@@ -285,8 +301,10 @@ def _pool(tokens: Keys, weights: Tensor, seen: Tensor) -> Keys:
 
 
 def _take(inputs: SelectionInputs, index: Tensor) -> Keys:
+    """The tokens of this ``index`` (B, H, n), which may be beyond the last one: hidden then."""
     tokens = inputs.tokens
-    mask = tokens.mask.expand(-1, tokens.key.shape[1], -1).gather(2, index)
+    heads, length = tokens.key.shape[1:3]
+    mask = F.pad(tokens.mask, (0, _missing(inputs))).expand(-1, heads, -1).gather(2, index)
     positions = index if inputs.with_positions else None
-    key, value = take_rows(index, tokens.key, tokens.value)
+    key, value = take_rows(index.clamp(max=length - 1), tokens.key, tokens.value)
     return Keys(key, value, mask, positions)

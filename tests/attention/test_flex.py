@@ -2,7 +2,7 @@
 
 Compiling takes seconds: most tests share one configuration (heads, head size, dtype), so that the
 file compiles a handful of times. There is no backward on a CPU, so a gradient by flex is tested
-nowhere here; the fallback from it is.
+nowhere here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,11 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lsg_patch
-from lsg_patch.attention import Geometry, lsg_attention
-from lsg_patch.attention.backends import auto, dense, flex
-from lsg_patch.attention.backends.flex import Call
-from lsg_patch.attention.blocks import Blocks
-from lsg_patch.attention.keys import Keys
+from lsg_patch.attention import Geometry, RelativeBias, functional, lsg_attention
+from lsg_patch.attention.backends import dense, flex
+from lsg_patch.attention.blocks import Blocks, Keys
 from tests.models import ids_like, right_padded, run, tiny_model
 from tests.oracle import oracle_attention
 
@@ -65,16 +62,6 @@ def _assert_equals_the_oracle(inputs: list[Tensor], **arguments: Any) -> None:
     rows, positions = sees_key.nonzero(as_tuple=True)
     error = (actual - expected.output)[rows, :, positions].abs()
     assert error.numel() == 0 or error.max() < 1e-5, (error.max(), arguments)
-
-
-@pytest.fixture
-def forget() -> Iterator[None]:
-    """What auto has said and what failed, forgotten before and after."""
-    for memory in (auto._said, auto._failed, auto._rehearsed):
-        memory.clear()
-    yield
-    for memory in (auto._said, auto._failed, auto._rehearsed):
-        memory.clear()
 
 
 # --- the same numbers -----------------------------------------------------------------------------
@@ -196,7 +183,7 @@ def test_mask_function_and_tiles_hold_what_the_geometry_says(
     geometry: Geometry, blocks: int, num_global: int
 ) -> None:
     """Every pair that is seen, and no other, by tiles that hold a seen pair and only those."""
-    length, num_sparse = blocks * geometry.block_size, blocks * geometry.step
+    length, num_sparse = blocks * geometry.block_size, blocks * geometry.sparse_per_block
     device = torch.device("cpu")
     plan = flex.plan_of(geometry, blocks, num_global, device)
 
@@ -245,21 +232,50 @@ def test_a_plan_made_in_inference_mode_can_be_saved_for_a_backward() -> None:
 # --- what flex cannot run -------------------------------------------------------------------------
 
 
+def _blocks(dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: Any) -> Blocks:
+    query, key, value = (x.to(device, dtype) for x in _inputs(4))
+    keys = Keys(key, value, torch.ones(BATCH, 1, 4, dtype=torch.bool, device=device))
+    return Blocks(query, keys, None, keys, Geometry(1), scale=1.0)._replace(**changes)
+
+
 @has_flex
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("blocks", "reason"),
     [
-        ({"dropout_p": 0.1}, "no dropout, and dropout_p is 0.1"),
-        ({"needs_grad": True}, "no backward on a CPU"),
-        ({"dtype": torch.float64}, "not in torch.float64"),
-        ({"device_type": "mps"}, "not on mps"),
-        ({"is_compiling": True}, "not inside another torch.compile"),
+        (_blocks(dropout_p=0.1), "no dropout, and dropout_p is 0.1"),
+        (_blocks(query=_inputs(4)[0].requires_grad_()), "no backward on a CPU"),
+        (_blocks(torch.float64), "not in torch.float64"),
+        (_blocks(device="meta"), "not on meta"),
+        (_blocks(bias=RelativeBias(torch.ones(HEADS, 3))), "no bias by distance"),
     ],
+    ids=["dropout", "gradients", "dtype", "device", "bias"],
 )
-def test_what_flex_cannot_run_says_why(change: dict[str, Any], reason: str) -> None:
-    call = Call("cpu", torch.float32)
-    assert flex.why_not(call) is None
-    assert reason in str(flex.why_not(call._replace(**change)))
+def test_what_flex_cannot_run_says_why(blocks: Blocks, reason: str) -> None:
+    assert flex.why_not(_blocks()) is None
+    assert reason in str(flex.why_not(blocks))
+
+
+@has_flex
+def test_flex_does_not_run_inside_a_transform() -> None:
+    reasons = []
+
+    def function(query: Tensor) -> Tensor:
+        reasons.append(flex.why_not(blocks))
+        return query
+
+    blocks = _blocks()
+    torch.func.vmap(function)(blocks.query[None])
+    assert "not inside another torch.compile" in str(reasons)
+
+
+@has_flex
+def test_gradients_are_asked_for_where_autograd_is_on() -> None:
+    blocks = _blocks()
+    assert not blocks.needs_grad
+    blocks.tokens.value.requires_grad_()
+    assert blocks.needs_grad
+    with torch.no_grad():
+        assert not blocks.needs_grad
 
 
 @has_flex
@@ -291,8 +307,7 @@ def test_a_torch_without_flex_is_told_before_anything_changes(
         with pytest.raises(ValueError, match=f"backend='flex' cannot run here: {reason}"):
             lsg_patch.patch_model(model, backend="flex")
         assert not lsg_patch.is_patched(model)
-        name, why = auto.choose(Call("cuda", torch.float16), 128)
-        assert name == "sdpa" and reason in why
+        lsg_attention(*_inputs(43), block_size=8, sparse_block_size=8)
     finally:
         flex.missing.cache_clear()
 
@@ -300,113 +315,11 @@ def test_a_torch_without_flex_is_told_before_anything_changes(
 # --- the choice -----------------------------------------------------------------------------------
 
 
-@has_flex
-@pytest.mark.parametrize(
-    ("call", "block_size", "name", "reason"),
-    [
-        (Call("cuda", torch.float16), 128, "flex", "half precision"),
-        (Call("cuda", torch.bfloat16, needs_grad=True), 128, "flex", "half precision"),
-        (Call("cuda", torch.bfloat16), 256, "flex", "half precision"),
-        (Call("cuda", torch.bfloat16, needs_grad=True, dropout_p=0.1), 128, "sdpa", "dropout"),
-        (Call("cuda", torch.bfloat16, is_compiling=True), 128, "sdpa", "torch.compile"),
-        (Call("cuda", torch.float32), 128, "sdpa", "float32"),
-        (Call("cuda", torch.bfloat16, has_bias=True), 128, "sdpa", "bias"),
-        (Call("cuda", torch.bfloat16), 64, "sdpa", "blocks of 64 tokens"),
-        (Call("cpu", torch.float32), 128, "sdpa", "faster than flex"),
-        (Call("cpu", torch.bfloat16, needs_grad=True), 128, "sdpa", "no backward on a CPU"),
-        (Call("cpu", torch.float64), 128, "sdpa", "float64"),
-        (Call("mps", torch.float16), 128, "sdpa", "mps"),
-    ],
-)
-def test_choice(call: Call, block_size: int, name: str, reason: str) -> None:
-    chosen, why = auto.choose(call, block_size)
-    assert chosen == name and reason in why
-
-
-def test_a_call_is_described_as_it_is() -> None:
-    query, key, value = _inputs(4)
-    keys = Keys(key, value.requires_grad_(), torch.ones(BATCH, 1, 4, dtype=torch.bool))
-    blocks = Blocks(query, keys, None, keys, Geometry(1), scale=1.0, dropout_p=0.5)
-    call = Call("cpu", torch.float32, needs_grad=True, dropout_p=0.5, is_compiling=False)
-    assert Call.of(blocks) == call
-    with torch.no_grad():
-        assert Call.of(blocks) == call._replace(needs_grad=False)
-
-
-@pytest.mark.usefixtures("forget")
-def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="lsg_patch"):
-        for _ in range(3):
-            lsg_attention(*_inputs(43), block_size=8, sparse_block_size=8)
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("LSG attention runs by sdpa: ")
-
-
-def _messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What this package said; torch's compiler talks as well."""
-    return [r.getMessage() for r in caplog.records if r.name.startswith("lsg_patch")]
-
-
-def _by_flex(call: Call, block_size: int) -> tuple[str, str]:
-    return "flex", "the test wants it"
-
-
-@compiles
-@pytest.mark.usefixtures("forget")
-@torch.no_grad()
-def test_auto_runs_flex_where_it_chooses_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(auto, "choose", _by_flex)
-    sizes = {"block_size": 8, "sparse_block_size": 8}
-    with caplog.at_level(logging.INFO, logger="lsg_patch"):
-        actual = lsg_attention(*_inputs(43), **sizes)
-    assert _messages(caplog) == ["LSG attention runs by flex: the test wants it"]
-    assert torch.equal(actual, lsg_attention(*_inputs(43), backend="flex", **sizes))
-
-
-@has_flex
-@pytest.mark.usefixtures("forget")
-def test_auto_falls_back_where_flex_has_no_backward(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Found before the forward, though it is the backward that fails."""
-    monkeypatch.setattr(auto, "choose", _by_flex)
-    monkeypatch.setattr(flex, "why_not", lambda call: None)
-    tried = []
-    rehearse = auto._rehearse
-    monkeypatch.setattr(auto, "_rehearse", lambda *args: (tried.append(1), rehearse(*args)))
-    gradients = []
-    with caplog.at_level(logging.WARNING, logger="lsg_patch"):
-        for backend in ("auto", "auto", "sdpa"):
-            query, key, value = (x.requires_grad_() for x in _inputs(43))
-            out = lsg_attention(
-                query, key, value, block_size=8, sparse_block_size=8, backend=backend
-            )
-            out.square().sum().backward()
-            gradients.append(torch.stack([query.grad, key.grad, value.grad]))
-    assert torch.equal(gradients[0], gradients[2]) and torch.equal(gradients[1], gradients[2])
-    assert len(tried) == 1
-    (message,) = _messages(caplog)
-    assert message.startswith("LSG attention runs by sdpa: flex failed, ")
-
-
-@compiles
-@pytest.mark.usefixtures("forget")
-@torch.no_grad()
-def test_auto_falls_back_where_nothing_can_be_compiled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from torch._inductor import config
-
-    monkeypatch.setattr(auto, "choose", _by_flex)
-    flex.compiled.cache_clear()
+def test_auto_says_once_that_it_is_sdpa(caplog: pytest.LogCaptureFixture) -> None:
+    functional._log_choice.cache_clear()
     inputs, sizes = _inputs(43), {"block_size": 8, "sparse_block_size": 8}
-    without = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
-    with caplog.at_level(logging.WARNING, logger="lsg_patch"), config.patch(without):
-        actual = [lsg_attention(*inputs, **sizes) for _ in range(2)]
-    flex.compiled.cache_clear()
-    expected = lsg_attention(*inputs, backend="sdpa", **sizes)
-    assert all(torch.equal(x, expected) for x in actual)
-    (message,) = _messages(caplog)
-    assert "flex failed, InductorError" in message
+    with caplog.at_level(logging.INFO, logger="lsg_patch"):
+        found = [lsg_attention(*inputs, **sizes) for _ in range(3)]
+    (message,) = (r.getMessage() for r in caplog.records if r.name.startswith("lsg_patch"))
+    assert message.startswith("LSG attention runs by sdpa: ") and "backend='flex'" in message
+    assert torch.equal(found[0], lsg_attention(*inputs, **sizes, backend="sdpa"))

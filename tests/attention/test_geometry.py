@@ -63,12 +63,12 @@ def test_unfolded_windows_hold_what_their_ranges_say(
             assert view[0, j, :, 0].tolist() == want
 
 
-@given(geometries(), st.integers(1, 150), st.integers(0, 150))
+@given(geometries(), st.integers(1, 150), st.integers(0, 150), st.integers(0, 50))
 def test_runs_are_the_blocks_with_windows_cut_off_at_the_ends(
-    geometry: Geometry, length: int, first: int
+    geometry: Geometry, length: int, first: int, hidden: int
 ) -> None:
     """Every query in one run, which sees of each window the keys there are, in the same order."""
-    num_sparse = geometry.num_blocks(length) * geometry.step
+    num_sparse = max(0, geometry.num_blocks(length) * geometry.sparse_per_block - hidden)
     first %= min(geometry.block_size, length)
 
     def seen(window: Window, block: int, among: int, first: int = 0) -> list[int]:
@@ -76,11 +76,11 @@ def test_runs_are_the_blocks_with_windows_cut_off_at_the_ends(
         return [i for i in range(start, start + window.size) if first <= i < among]
 
     next_block = queries = 0
-    for run in geometry.runs(length, num_sparse, first):
-        assert run.first == next_block
-        next_block += run.blocks
-        queries += run.blocks * run.queries
-        for block in range(run.first, next_block):
+    for run in geometry.runs(range(first, length), range(num_sparse)):
+        assert run.first_block == next_block
+        next_block += run.num_blocks
+        queries += run.num_blocks * run.num_queries
+        for block in range(run.first_block, next_block):
             for cut in (run.local, *run.sparse):
                 start = block * cut.stride + cut.start
                 assert cut.size == len(seen(cut, block, length + num_sparse)) and start >= 0
@@ -91,7 +91,7 @@ def test_runs_are_the_blocks_with_windows_cut_off_at_the_ends(
         for cut in (run.local, *run.sparse):
             all_seen = [
                 key
-                for block in range(run.first, next_block)
+                for block in range(run.first_block, next_block)
                 for key in seen(cut, block, length + num_sparse)
             ]
             assert run.span(cut) == range(min(all_seen), max(all_seen) + 1)

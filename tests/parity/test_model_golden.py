@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lsg_patch
 from lsg_patch.attention import sparsity
-from lsg_patch.attention.keys import Keys
+from lsg_patch.attention.blocks import Keys
 from lsg_patch.modules.self_attention import LSGSelfAttention
 from tests import golden
 from tests.tokenizers import tokenizer_like

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsg_patch.attention.bias import RelativeBias
-from lsg_patch.attention.blocks import Blocks
+from lsg_patch.attention.blocks import Blocks, Keys, additive
 from lsg_patch.attention.geometry import Geometry, Window
-from lsg_patch.attention.keys import Keys, additive
 
 
 def full_attention(
@@ -40,7 +39,7 @@ def full_attention(
 
 
 def block_attention(blocks: Blocks) -> Tensor:
-    """LSG attention of the tokens' queries, behind the front, by a (T, keys) mask: quadratic."""
+    """LSG attention of the tokens' queries, after the global output, by a (T, keys) mask: quadratic."""
     query, global_keys, sparse, tokens, geometry, *_ = blocks
     length, device = query.shape[2], query.device
     local = _seen(length, geometry, (geometry.local_window,), tokens.key.shape[2], device)
@@ -65,7 +64,7 @@ def block_attention(blocks: Blocks) -> Tensor:
         dropout_p=blocks.dropout_p,
         scale=blocks.scale,
     )
-    return blocks.with_front(out)
+    return blocks.joined(out)
 
 
 def _seen(
@@ -90,11 +89,11 @@ def _bias(
 ) -> Tensor:
     """(1 or B, H, T, keys): of all tokens' queries and all keys."""
     token = torch.arange(length, device=bias.table.device)
-    positions = [bias.of_globals(num_global), token[None, None]]
+    positions = [bias.global_positions(num_global), token[None, None]]
     if sparse is not None:
         index = torch.arange(sparse.key.shape[2], device=token.device)
-        at_runs = geometry.run_positions(index)[None, None]
-        positions.insert(1, at_runs if sparse.positions is None else sparse.positions)
+        means = geometry.sparse_positions(index)[None, None]
+        positions.insert(1, means if sparse.positions is None else sparse.positions)
     shared = torch.broadcast_shapes(*(x.shape[:2] for x in positions))
     return bias.between(token[None], torch.cat([x.expand(*shared, -1) for x in positions], dim=-1))
 

@@ -30,28 +30,6 @@ LEAST_WIDTH = 16  # of a head, for the matrix units of a GPU
 LAST = torch.iinfo(torch.int32).max  # beyond every query
 
 
-class Call(NamedTuple):
-    """What of a call decides which backends can run it, and which one should."""
-
-    device_type: str
-    dtype: torch.dtype
-    needs_grad: bool = False
-    dropout_p: float = 0.0
-    is_compiling: bool = False
-    has_bias: bool = False
-
-    @classmethod
-    def of(cls, blocks: Blocks) -> Call:
-        return cls(
-            blocks.query.device.type,
-            blocks.query.dtype,
-            blocks.needs_grad,
-            blocks.dropout_p,
-            is_compiling(),
-            blocks.bias is not None,
-        )
-
-
 @cache
 def missing() -> str | None:
     """Why this torch has no FlexAttention; None where it has it."""
@@ -62,32 +40,33 @@ def missing() -> str | None:
     return f"this torch has no {package}.flex_attention (2.5 and later have it)"
 
 
-def why_not(call: Call) -> str | None:
-    """Why FlexAttention cannot run ``call``; None where it can."""
-    if call.is_compiling:
+def why_not(blocks: Blocks) -> str | None:
+    """Why FlexAttention cannot run this; None where it can."""
+    device, dtype = blocks.query.device.type, blocks.query.dtype
+    if is_compiling():
         return "it is compiled by itself, not inside another torch.compile, export or trace"
     if missing():
         return missing()
-    if call.device_type not in KEY_TILE:
-        return f"it runs on cuda and cpu, not on {call.device_type}"
-    if call.dtype not in DTYPES:
-        return f"it computes in float32, float16 and bfloat16, not in {call.dtype}"
-    if call.has_bias:
+    if device not in KEY_TILE:
+        return f"it runs on cuda and cpu, not on {device}"
+    if dtype not in DTYPES:
+        return f"it computes in float32, float16 and bfloat16, not in {dtype}"
+    if blocks.bias is not None:
         return "it adds no bias by distance to the scores"
-    if call.dropout_p:
-        return f"it has no dropout, and dropout_p is {call.dropout_p}"
-    if call.needs_grad and call.device_type == "cpu":
+    if blocks.dropout_p:
+        return f"it has no dropout, and dropout_p is {blocks.dropout_p}"
+    if blocks.needs_grad and device == "cpu":
         return "it has no backward on a CPU; torch.no_grad() asks for none"
     return None
 
 
 def block_attention(blocks: Blocks) -> Tensor:
-    """LSG attention of the tokens' queries, behind the front: (B, H, g + T, D). No window is copied.
+    """LSG attention of the tokens' queries, after the global output: (B, H, g + T, D). No window is copied.
 
     Raises:
         ValueError: FlexAttention cannot run this; the message says why.
     """
-    reason = why_not(Call.of(blocks))
+    reason = why_not(blocks)
     if reason is not None:
         raise ValueError(
             f"backend='flex' cannot run here: {reason}; 'auto' and 'sdpa' run anywhere"
@@ -111,8 +90,9 @@ def block_attention(blocks: Blocks) -> Tensor:
         query, key, value = (F.pad(x, (0, LEAST_WIDTH - width)) for x in (query, key, value))
     if not torch.is_grad_enabled():
         query = query.detach()  # on CPU flex refuses whatever could have a gradient
-    out = compiled(Configuration.of(query, scale))(query, key, value, block_mask, scale)
-    return blocks.with_front(out[:, :, :length, :width])
+    run = compiled(query.device, query.dtype, heads, query.shape[3], scale)
+    out = run(query, key, value, block_mask, scale)
+    return blocks.joined(out[:, :, :length, :width])
 
 
 def _filled_up(parts: list[Tensor], sizes: tuple[int, ...], heads: int) -> Tensor:
@@ -150,7 +130,7 @@ def plan_of(geometry: Geometry, blocks: int, num_global: int, device: torch.devi
     tile, length = KEY_TILE[device.type], blocks * geometry.block_size
     parts: list[tuple[int, tuple[Window, ...]]] = [(length, (geometry.local_window,))]
     if geometry.has_sparse:
-        parts.append((blocks * geometry.step, geometry.sparse_windows))
+        parts.append((blocks * geometry.sparse_per_block, geometry.sparse_windows))
     parts.append((num_global, ()))
     # two tiles at least: torch compiles anew for a size of one
     sizes = [-(-count // tile) * tile for count, _ in parts]
@@ -220,23 +200,11 @@ def _mask_function(mask: Tensor, begin: Tensor, end: Tensor) -> Callable[..., Te
 # --- compiled once for each configuration, and for all lengths ------------------------------------
 
 
-class Configuration(NamedTuple):
-    """What flex is compiled for: everything but sizes that change from batch to batch."""
-
-    device: torch.device
-    dtype: torch.dtype
-    heads: int
-    width: int
-    scale: float
-
-    @classmethod
-    def of(cls, query: Tensor, scale: float) -> Configuration:
-        return cls(query.device, query.dtype, query.shape[1], query.shape[3], scale)
-
-
 @lru_cache(maxsize=64)
-def compiled(configuration: Configuration) -> Callable[..., Tensor]:
-    """FlexAttention, compiled for this configuration at its first call."""
+def compiled(
+    device: torch.device, dtype: torch.dtype, heads: int, width: int, scale: float
+) -> Callable[..., Tensor]:
+    """FlexAttention, compiled for all that does not change from batch to batch, at its first call."""
     # torch counts compilations by code object, and gives up after a few: each has its own
     code = _attend.__code__.replace()
     own = FunctionType(code, _attend.__globals__)

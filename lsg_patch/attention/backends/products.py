@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsg_patch.attention.backends.pieces import Piece, Workspace, cache_bytes, pieces, workspace
-from lsg_patch.attention.backends.windows import Windows, causal, runs
+from lsg_patch.attention.backends.pieces import Piece, Workspace, cache_bytes, pieces
 from lsg_patch.attention.blocks import Blocks, memory_like
-from lsg_patch.attention.geometry import Geometry, Run, Window
-from lsg_patch.attention.keys import Keys
+from lsg_patch.attention.geometry import unfold_windows
 
 # half precision would lose what the sums are made of
 DTYPES = (torch.float32, torch.float64)
@@ -31,221 +29,179 @@ def can_run(blocks: Blocks) -> bool:
 
 
 def block_attention(blocks: Blocks) -> Tensor:
-    """LSG attention of the tokens' queries, behind the front: (B, H, g + T, D); differentiable once."""
-    draw = _Draw(cache_bytes(blocks.dropout_p > 0))
+    """LSG attention of the tokens' queries, after the global output: (B, H, g + T, D).
+
+    Differentiable once.
+    """
+    most_bytes, seed = cache_bytes(blocks.dropout_p > 0), 0
     if blocks.dropout_p:
         # by the global random state, so that checkpointing and a seed of the user repeat it
-        draw = draw._replace(seed=int(torch.randint(2**62, (), dtype=torch.int64)))
+        seed = int(torch.randint(2**62, (), dtype=torch.int64))
     if not blocks.needs_grad:
-        return _attend(blocks, draw)
-    sides = (blocks.global_keys, blocks.sparse, blocks.tokens)
-    work = _Work(
-        tuple(None if keys is None else keys.mask for keys in sides),
-        blocks.geometry,
-        blocks.scale,
-        blocks.dropout_p,
-        draw,
+        return _attend(blocks, most_bytes, seed)
+    out: Tensor = _BlockAttention.apply(
+        blocks, most_bytes, seed, blocks.global_output, *blocks.tensors
     )
-    tensors = [x for keys in sides for x in ((None, None) if keys is None else keys[:2])]
-    out: Tensor = _BlockAttention.apply(work, blocks.query, blocks.front, *tensors)
     return out
 
 
-class _Draw(NamedTuple):
-    """What a forward decides for its backward as well: how it is cut, and what dropout drops there."""
-
-    most_bytes: int
-    seed: int = 0
-
-
-def _attend(blocks: Blocks, draw: _Draw) -> Tensor:
-    query, front, before = blocks.query, blocks.front, blocks.num_front
-    out = memory_like(query, before + query.shape[2])
-    if front is not None:
-        out[:, :, :before] = front
-    answers = out[:, :, before:]
-    for step in _steps(blocks, draw):
-        weights = step.weights()
-        if step.kept is not None:
-            weights.mul_(step.kept)
-        answer, at = step.memory.of("answers", query, *step.query.shape), 0
-        for values in step.value_parts():
-            share = weights[:, :, at : at + values.shape[1]]
-            beta = int(at > 0)
-            torch.baddbmm(answer, share, values, beta=beta, alpha=step.rescale, out=answer)
-            at += values.shape[1]
-        step.of(answers).copy_(answer.view(*step.shape, -1))
+def _attend(blocks: Blocks, most_bytes: int, seed: int) -> Tensor:
+    out, tokens_out = blocks.new_output()
+    for step in _steps(blocks, most_bytes, seed):
+        probabilities = step.probabilities()
+        if step.dropout_mask is not None:
+            probabilities.mul_(step.dropout_mask)
+        output, count = step.like_query("output"), 0
+        for value in step.value_parts():
+            share = probabilities[:, :, count : count + value.shape[1]]
+            beta = int(count > 0)
+            torch.baddbmm(output, share, value, beta=beta, alpha=step.rescale, out=output)
+            count += value.shape[1]
+        step.write(output, tokens_out)
     return out
-
-
-class _Work(NamedTuple):
-    """What is asked for, besides the tensors that have gradients."""
-
-    masks: tuple[Tensor | None, ...]
-    geometry: Geometry
-    scale: float
-    dropout_p: float
-    draw: _Draw
-
-    def blocks(
-        self, query: Tensor, sides: tuple[Tensor | None, ...], front: Tensor | None = None
-    ) -> Blocks:
-        of_globals, sparse, tokens = (
-            None if key is None or value is None or mask is None else Keys(key, value, mask)
-            for key, value, mask in zip(sides[::2], sides[1::2], self.masks, strict=True)
-        )
-        assert of_globals is not None and tokens is not None
-        return Blocks(
-            query,
-            of_globals,
-            sparse,
-            tokens,
-            self.geometry,
-            self.scale,
-            self.dropout_p,
-            front=front,
-        )
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, work: _Work, query: Tensor, front: Tensor | None, *sides: Tensor | None
+        ctx: Any,
+        blocks: Blocks,
+        most_bytes: int,
+        seed: int,
+        global_output: Tensor | None,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        blocks = work.blocks(query, sides, front)
-        out = _attend(blocks, work.draw)
-        ctx.work, ctx.before = work, blocks.num_front
-        ctx.save_for_backward(query, out, *sides)
+        out = _attend(blocks, most_bytes, seed)
+        # tensors are saved by autograd alone, which watches over them
+        nothing = [out.new_empty(0)] * len(tensors)
+        ctx.blocks = blocks._replace(global_output=None).with_tensors(*nothing)
+        ctx.cut, ctx.num_global = (most_bytes, seed), blocks.num_global
+        ctx.save_for_backward(out, *tensors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        work, before = ctx.work, ctx.before
-        query, out, *sides = ctx.saved_tensors
-        out, given = out[:, :, before:], grad[:, :, before:]
-        grads = [None if x is None else torch.zeros_like(x) for x in sides]
-        of_query = memory_like(query, query.shape[2])
-        for step in _steps(work.blocks(query, sides), work.draw):
-            weights = step.weights()
-            of_out = step.of(given).reshape(step.query.shape)
-            mean = (of_out * step.of(out).reshape(of_out.shape)).sum(-1, keepdim=True)
-            of_out = of_out * step.rescale
-            value = step.values()
-            of_scores = step.memory.of("products", weights, *weights.shape)
-            torch.bmm(of_out, value.mT, out=of_scores)
-            kept = weights
-            if step.kept is not None:
-                of_scores.mul_(step.kept)
-                kept = step.kept.mul_(weights)
-            # the windows of values and keys are used up, their memory takes the gradients
-            _add(grads[1::2], step, torch.bmm(kept.mT, of_out, out=value))
-            of_scores.sub_(mean).mul_(weights)
-            answer = step.memory.of("answers", query, *step.query.shape)
-            torch.baddbmm(answer, of_scores, step.key, beta=0, alpha=work.scale, out=answer)
-            step.of(of_query).copy_(answer.view(*step.shape, -1))
-            of_key = step.key
-            torch.baddbmm(of_key, of_scores.mT, step.query, beta=0, alpha=work.scale, out=of_key)
-            _add(grads[::2], step, of_key)
-        return None, of_query, grad[:, :, :before] if before else None, *grads
+        out, *tensors = ctx.saved_tensors
+        blocks, num_global = ctx.blocks.with_tensors(*tensors), ctx.num_global
+        out, grad_out = out[:, :, num_global:], grad[:, :, num_global:]
+        grad_query = memory_like(blocks.query, blocks.query.shape[2])
+        grads = [None if x is None else torch.zeros_like(x) for x in tensors[1:]]
+        for step in _steps(blocks, *ctx.cut):
+            probabilities, value = step.probabilities(), step.values()
+            grad_output = step.read(grad_out)
+            mean = (grad_output * step.read(out)).sum(-1, keepdim=True)
+            grad_output = grad_output * step.rescale
+            grad_scores = step.memory.of("grad_scores", value, *probabilities.shape)
+            torch.bmm(grad_output, value.mT, out=grad_scores)
+            dropped = probabilities
+            if step.dropout_mask is not None:
+                grad_scores.mul_(step.dropout_mask)
+                dropped = step.dropout_mask.mul_(probabilities)
+            # the memory of the values, and then of the keys, takes their gradients
+            step.add_to(grads[1::2], torch.bmm(dropped.mT, grad_output, out=value))
+            grad_scores.sub_(mean).mul_(probabilities)
+            output, key, scale = step.like_query("output"), step.key, blocks.scale
+            torch.baddbmm(output, grad_scores, key, beta=0, alpha=scale, out=output)
+            step.write(output, grad_query)
+            torch.baddbmm(key, grad_scores.mT, step.query, beta=0, alpha=scale, out=key)
+            step.add_to(grads[::2], key)
+        grad_global = grad[:, :, :num_global] if num_global else None
+        return None, None, None, grad_global, grad_query, *grads
 
 
 class _Step(NamedTuple):
-    """One piece: some heads and blocks, N in all.
+    """One piece, its N = rows * heads * blocks as one batch of products.
 
     Attributes:
         query: (N, b, D).
         key: (N, keys, D), those that are seen before zeros that fill up a cache line of scores.
-        scale: of the scores.
-        kept: (N, b, keys), 1 for a probability that dropout keeps and 0 for others; None: no dropout.
-        rescale: what the kept ones are multiplied with.
+        dropout_mask: (N, b, keys), 1 for a probability that stays and 0 for others; None: no dropout.
+        rescale: what those that stay are multiplied with.
     """
 
-    run: Run
     piece: Piece
-    seen: Windows
     query: Tensor
     key: Tensor
-    scale: float
-    mask: Tensor | None
-    causal: Tensor | None
-    kept: Tensor | None
+    dropout_mask: Tensor | None
     rescale: float
     memory: Workspace
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(heads, blocks, b)."""
-        return *self.piece.shape, self.run.queries
+    def like_query(self, role: str) -> Tensor:
+        return self.memory.of(role, self.query, *self.query.shape)
 
-    def of(self, x: Tensor) -> Tensor:
-        """Its queries of ``x`` (B, H, T, ...), as a view (heads, blocks, b, ...)."""
-        return self.run.of(x)[self.piece]
+    def read(self, x: Tensor) -> Tensor:
+        """Its queries of ``x`` (B, H, T, D), as (N, b, D)."""
+        return self.piece.part(x).reshape(self.query.shape)
 
-    def weights(self) -> Tensor:
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """Writes ``x`` (N, b, D) where its queries are in ``out`` (B, H, T, D)."""
+        self.piece.part(out).copy_(x.view(*self.piece.shape, -1))
+
+    def probabilities(self) -> Tensor:
         """The softmax of the scores, (N, b, keys)."""
-        query, key = self.query, self.key
+        query, key, piece = self.query, self.key, self.piece
         out = self.memory.of("scores", query, *query.shape[:2], key.shape[1])
-        torch.baddbmm(out, query, key.mT, beta=0, alpha=self.scale, out=out)
-        size = self.seen.size
-        if self.mask is not None:
-            out.view(*self.shape, -1)[..., :size].add_(self.mask)
-        if self.causal is not None:
-            out[..., :size].add_(self.causal)
-        out[..., size:].fill_(-math.inf)
+        torch.baddbmm(out, query, key.mT, beta=0, alpha=piece.blocks.scale, out=out)
+        added = piece.added()
+        if added is not None:
+            out.view(*piece.shape, -1)[..., : piece.num_keys].add_(added)
+        out[..., piece.num_keys :].fill_(-math.inf)
         return torch.softmax(out, dim=-1, out=out)
 
     def values(self) -> Tensor:
         """(N, keys, D)."""
-        parts = self.seen.value(self.piece)
-        return self.memory.gather("values", parts, self.key.shape[1]).flatten(0, 1)
+        return self.memory.gather("values", self.piece.windows("value"), self.key.shape[1])
 
     def value_parts(self) -> list[Tensor]:
         """The same in parts (N, n, D): those of the tokens, which are most, where they are."""
-        *others, tokens = self.seen.value(self.piece)
-        if 1 not in self.piece.shape:
-            return [self.values()]  # windows that move with the head and the block are no one batch
-        size = self.seen.size - tokens.shape[2]
-        parts = (self.memory.gather("values", others, size), tokens)
-        return [x.flatten(0, 1) for x in parts if x.shape[2]]
+        *others, tokens = self.piece.windows("value")
+        if sum(size > 1 for size in self.piece.shape[:3]) > 1:
+            return [self.values()]  # windows that move in two dimensions are no one batch
+        if not others:
+            return [tokens.flatten(0, 2)]
+        size = self.piece.num_keys - tokens.shape[3]
+        return [self.memory.gather("values", others, size), tokens.flatten(0, 2)]
+
+    def add_to(self, grads: list[Tensor | None], given: Tensor) -> None:
+        """Adds ``given`` (N, keys, D) to the gradients of the global, sparse and token rows it is of."""
+        piece, run = self.piece, self.piece.run
+        given = given.view(*piece.shape[:3], *given.shape[1:])
+        grad_globals, grad_sparse, grad_tokens = (
+            None if x is None else x[piece.rows, piece.heads] for x in grads
+        )
+        assert grad_globals is not None
+        count = grad_globals.shape[2]
+        grad_globals.add_(given[:, :, :, :count].sum(2))
+        for grad, windows in ((grad_sparse, run.sparse), (grad_tokens, (run.local,))):
+            if grad is None or not windows:
+                continue
+            views = unfold_windows(grad, windows, run.num_blocks, 2, run.first_block)
+            for window, view in zip(windows, views, strict=True):
+                # windows of neighbouring blocks overlap, parts of a stride do not
+                for start in range(0, window.size, window.stride):
+                    part = view[:, :, :, start : start + window.stride]
+                    part.add_(given[:, :, :, count : count + part.shape[3]])
+                    count += part.shape[3]
 
 
-def _steps(blocks: Blocks, draw: _Draw) -> Iterator[_Step]:
+def _steps(blocks: Blocks, most_bytes: int, seed: int) -> Iterator[_Step]:
     """All pieces, in the same order forward and backward: dropout is drawn piece by piece."""
-    query = blocks.query
-    dropout = _Dropout(blocks.dropout_p, draw.seed)
-    with workspace() as memory:
-        for run, seen, mask in runs(blocks):
-            before = causal(run, seen.size, query) if blocks.geometry.is_causal else None
-            asking, keys = run.of(query), _whole_lines(seen.size, query)
-            for piece in pieces(query, run, keys, draw.most_bytes):
-                some, kept = asking[piece].flatten(0, 1), None
-                if dropout.rate:
-                    kept = memory.of("kept", some, *some.shape[:2], keys)
-                    dropout.draw(kept)
-                yield _Step(
-                    run,
-                    piece,
-                    seen,
-                    some,
-                    memory.gather("keys", seen.key(piece), keys).flatten(0, 1),
-                    blocks.scale,
-                    None if mask is None else piece.of(mask),
-                    before,
-                    kept,
-                    dropout.rescale,
-                    memory,
-                )
-
-
-def _whole_lines(size: int, like: Tensor) -> int:
-    """``size`` numbers rounded up to whole cache lines of them."""
-    of_line = LINE_BYTES // like.element_size()
-    return -(-size // of_line) * of_line
+    dropout, memory = _Dropout(blocks.dropout_p, seed), Workspace()
+    of_line = LINE_BYTES // blocks.query.element_size()
+    for piece in pieces(blocks, most_bytes):
+        query = piece.query.flatten(0, 2)
+        num_keys = -(-piece.num_keys // of_line) * of_line
+        dropout_mask = None
+        if dropout.rate:
+            dropout_mask = memory.of("dropout", query, *query.shape[:2], num_keys)
+            dropout.draw(dropout_mask)
+        key = memory.gather("keys", piece.windows("key"), num_keys)
+        yield _Step(piece, query, key, dropout_mask, dropout.rescale, memory)
 
 
 class _Dropout:
-    """Which probabilities are kept: 16 random bits for each of them, the same for the same seed.
+    """Which probabilities stay: 16 random bits for each of them, the same for the same seed.
 
     Four times as fast as a float for each, and as exact: a rate of 0.1 is one of 0.1 + 7e-6 at most.
     """
@@ -266,29 +222,3 @@ class _Dropout:
         bits = self._bits[:words].random_(-(2**63), None, generator=self._generator)
         out.copy_(bits.view(torch.int16)[: out.numel()].view(out.shape))
         return torch.ge(out, self._least, out=out)
-
-
-def _add(grads: list[Tensor | None], step: _Step, given: Tensor) -> None:
-    """Adds to the gradients of global, sparse and token rows what the windows give them.
-
-    ``given`` (N, keys, D). Windows of neighbouring blocks overlap: each is added in parts that do not.
-    """
-    of_globals, of_sparse, of_tokens = grads
-    assert of_globals is not None and of_tokens is not None
-    run, piece = step.run, step.piece
-    given = given.view(*step.shape[:2], *given.shape[1:])
-    count = of_globals.shape[2]
-    of_globals[piece.row, piece.heads].add_(given[:, :, :count].sum(1))
-    spans = [(of_sparse, window) for window in run.sparse] + [(of_tokens, run.local)]
-    for grad, window in spans:
-        assert grad is not None
-        for part in _parts(window):
-            piece.window(grad, part, run).add_(given[:, :, count : count + part.size])
-            count += part.size
-
-
-def _parts(window: Window) -> Iterator[Window]:
-    """Parts of a window that do not overlap with those of the next block."""
-    for start in range(0, window.size, window.stride):
-        size = min(window.stride, window.size - start)
-        yield Window(window.start + start, size, window.stride)
