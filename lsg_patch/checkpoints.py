@@ -84,6 +84,12 @@ def from_pretrained(
         )
     names = [setting.name for setting in fields(LSGConfig) if setting.name in kwargs]
     settings = {name: kwargs.pop(name) for name in names}
+    if "position_period" in settings:
+        raise ValueError(
+            f"position_period={settings['position_period']!r}, but the positions of a patched checkpoint "
+            "are tiled already: leave it out, or unpatch_model(model) and patch_model(model, "
+            "position_period=...) anew"
+        )
     source = Source.of(path, kwargs)
     given: Any = kwargs.get("config")
     stated = given.to_dict() if hasattr(given, "to_dict") else source.config()

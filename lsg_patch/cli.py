@@ -111,14 +111,19 @@ def _families(args: argparse.Namespace) -> int:
     return 0
 
 
+def _number_or_name(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 # settings of LSGConfig, and their types; those that are not given are its defaults
-SETTINGS: dict[str, type] = {
+SETTINGS: dict[str, Callable[[str], Any]] = {
     "block_size": int,
     "sparsity_type": str,
     "sparse_block_size": int,
     "sparsity_factor": int,
     "num_global_tokens": int,
     "positions": str,
+    "position_period": _number_or_name,
     "mask_first_token": bool,
     "pool_with_global": bool,
     "adaptive": bool,
@@ -168,7 +173,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind in SETTINGS.items():
         how: dict[str, Any] = {"action": yes_or_no} if kind is bool else {"type": kind}
         if kind is not bool:
-            how["metavar"] = {int: "N", float: "RATE", str: "NAME"}[kind]
+            how["metavar"] = "RATE" if kind is float else "NAME" if kind is str else "N"
         settings.add_argument(f"--{name.replace('_', '-')}", default=None, **how)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lsg_patch.checkpoints import from_pretrained, load, named_class
-from lsg_patch.config import KEY, LSGConfig
+from lsg_patch.config import KEY, TRAINED, LSGConfig
 from lsg_patch.families import find_base
 from lsg_patch.inspection import check_stored
 from lsg_patch.patching import (
@@ -29,8 +29,8 @@ from lsg_patch.weights import Source
 LENGTH, SEED = 4096, 123
 # of a short input's largest output; rounding is a hundredth of it
 TOLERANCE = 1e-4
-# what says what global tokens are at first
-_OF_ROWS = ("global_positional_stride", "random_global_init")
+# what says what global tokens and positions are at first
+_OF_ROWS = ("global_positional_stride", "random_global_init", "position_period")
 
 
 class Conversion(NamedTuple):
@@ -87,6 +87,11 @@ def convert(
     cls = None if architecture is None else named_class([without_prefix(architecture)])
     tokenizer, why = tokenizer_at(found.path)
     if is_published(stated) or KEY in stated:
+        if settings.get("position_period") == TRAINED:
+            raise ValueError(
+                f"position_period={TRAINED!r}, but {found.path!r} is patched, and its tokenizer states "
+                "the patched length: pass the number"
+            )
         model = from_pretrained(found.path, cls)
     else:
         for name, given in (
@@ -153,6 +158,8 @@ def _short(model: nn.Module, tokenizer: Any, config: LSGConfig) -> Tensor:
     base, _ = find_base(model)
     stated: Any = base.config
     length = min(2 * config.block_size, config.max_position_embeddings, 128)
+    if isinstance(config.position_period, int):
+        length = min(length, config.position_period)
     reach = stated.max_position_embeddings - (stated.pad_token_id or 0) - 1
     return _ids(stated, tokenizer, max(1, min(length, reach)))
 

@@ -91,6 +91,21 @@ def set_limits(
     return found
 
 
+def stated_limit(owners: list[Any], tokenizer: Any, most: int) -> tuple[int, str] | None:
+    """The least number of tokens, up to ``most``, at which ``owners`` or a ``tokenizer`` truncate, and
+    in words where it stands.
+    """
+    found = []
+    for owner in (*owners, None):
+        source = tokenizer if owner is None else tokenizer_in(owner)
+        for target, name in _limits_of(owner, source):
+            value, shown = _get(target, name), type(target if owner is None else owner).__name__
+            # tokenizers that know no limit state a huge one
+            if isinstance(value, int) and 1 <= value <= most:
+                found.append((value, f"the {name} of {shown}"))
+    return min(found, default=None)
+
+
 def _record_on(owner: Any, journal: Journal) -> Journal:
     """What ``owner`` carries of its changes, which are undone with ``journal``."""
     own = record_of(owner)

@@ -13,9 +13,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lsg_patch.config import KEY, LSGConfig, SavedPatch
+from lsg_patch.config import KEY, TRAINED, LSGConfig, SavedPatch
 from lsg_patch.families import FAMILIES, Family, find_base
-from lsg_patch.holders import Holder, module_of, owners_of, set_limits, tokenizer_in
+from lsg_patch.holders import Holder, module_of, owners_of, set_limits, stated_limit, tokenizer_in
 from lsg_patch.hooking import hook_edges
 from lsg_patch.loading import CheckStateDict, check_adapters
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
@@ -78,6 +78,7 @@ def patch_model(
     num_global_tokens: int = 1,
     max_position_embeddings: int = 4096,
     positions: str = "tile",
+    position_period: int | str | None = None,
     mask_first_token: bool | None = None,
     pool_with_global: bool = True,
     adaptive: bool = True,
@@ -187,6 +188,8 @@ def _patch(
     check_adapters(module, GLOBAL_EMBEDDINGS)
     owners = owners_of(model, base)
     ids_from = tokenizer_in(owners[0]) if tokenizer is None and owners else tokenizer
+    if config.position_period == TRAINED:
+        config = replace(config, position_period=_trained_length(base, owners, tokenizer))
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
         plan = make_plan(module, base, family, config, ids_from, saved)
@@ -231,12 +234,24 @@ def _patch(
     return model
 
 
+def _trained_length(base: nn.Module, owners: list[Any], tokenizer: Any) -> int:
+    found = stated_limit(owners, tokenizer, getattr(base.config, "max_position_embeddings", 0))
+    if found is None:
+        raise ValueError(
+            f"position_period={TRAINED!r}, but no tokenizer says at which length the model was used: "
+            "pass tokenizer=, or the number"
+        )
+    logger.info("position_period is %d, %s", *found)
+    return found[0]
+
+
 def unpatch_model(model: Model) -> Model:
     """Give back what ``patch_model`` changed, exactly; returns ``model``.
 
     Parameters of the attention were the same all the time, so what they learned stays. The
-    position table is the old parameter again; its rows keep what they learned, those that
-    ``positions="interpolate"`` stretched are what they were before. Global tokens go. Layers that
+    position table is the old parameter again; its rows keep what they learned, those behind
+    ``position_period`` and those that ``positions="interpolate"`` stretched are what they were
+    before. Global tokens go. Layers that
     were copied or moved into ``model`` from a patched one are reverted as well.
 
     Raises:
@@ -351,15 +366,15 @@ def _apply(
     """Make the changes, recording each of them."""
     length = config.max_position_embeddings
     for tables in plan.tables:
-        if tables[0].num_embeddings == plan.offset + length:
+        if plan.period is None and tables[0].num_embeddings == plan.offset + length:
             continue  # as many rows as wanted: they are taken as they are
-        rows = value_of(tables[0]).detach()
+        rows = value_of(tables[0]).detach()[: plan.period and plan.offset + plan.period]
+        common = len(rows)
         resized = family.computed_positions(rows, plan.offset, length, base.config)
-        stretched = False
         if resized is None:
             resized = RESIZED[config.positions](rows, plan.offset, length)
-            stretched = config.positions == "interpolate"
-        resize_positions(tables, resized, journal, stretched)
+            common = 0 if config.positions == "interpolate" else common
+        resize_positions(tables, resized, journal, common)
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
     for model_config in plan.configs.values():
         journal.set_attribute(model_config, "max_position_embeddings", length + plan.config_offset)

@@ -39,7 +39,8 @@ class Plan:
     ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
     the global tokens, spread over ``global_reach`` rows of a table; ``global_rows``
     (num_global_tokens, width), or None for none, the first of which is made of the token ``bos_id``;
-    ``chunked`` are the modules that have a ``CHUNK``; ``tables`` are all tables of positions, those
+    ``chunked`` are the modules that have a ``CHUNK``; ``period`` is the number of positions that are
+    repeated (None: all); ``tables`` are all tables of positions, those
     that share a weight together; ``layers`` are those of ``Family.layers``, ``row_wise`` those of
     ``Family.row_wise``; ``is_causal`` says that the model is a decoder; ``can_unpad`` that its layers
     can run on packed rows.
@@ -61,6 +62,7 @@ class Plan:
     configs: dict[str, Any]
     num_layers: int
     chunked: list[nn.Module]
+    period: int | None = None
     decoder: nn.Module | None = None
     tables: list[list[nn.Embedding]] = field(default_factory=list)
     global_rows: Tensor | None = None
@@ -116,6 +118,8 @@ def make_plan(
         raise ValueError(f"unpad=True: {type(base).__name__} {hindrance}; pass unpad=False")
     _check_modules(base, plan)
     _check_positions(plan, config)
+    if saved is None and config.position_period is not None:
+        plan.period = _checked_period(base, family, plan, config)
     _warn_of_unseen_tokens(plan, family, config)
     if plan.chunked:
         logger.warning(
@@ -197,6 +201,8 @@ def _locate(
                     f"but the model has {reach}: it is another model's config, save the model again"
                 )
             reach = table_reach = saved_reach
+        elif config.position_period is not None:
+            reach = table_reach = min(reach, int(config.position_period))
     # on a CPU whatever device new tensors are made on at the moment: they become numbers
     stride, device = config.global_positional_stride, torch.device("cpu")
     taken = global_positions(reach, stride, config.num_global_tokens, device)
@@ -418,6 +424,34 @@ def _check_positions(plan: Plan, config: LSGConfig) -> None:
             config.max_position_embeddings,
             rows - plan.config_offset,
         )
+
+
+def _checked_period(base: nn.Module, family: Family, plan: Plan, config: LSGConfig) -> int:
+    period, table = int(config.position_period or 0), plan.positions
+    if table is None or plan.rotary or _is_computed(table, base, family, plan.offset):
+        raise ValueError(
+            f"position_period={period}, but the positions of a {type(base).__name__} are computed and "
+            "not learned: pass position_period=None"
+        )
+    rows = table.num_embeddings - plan.offset
+    if period > rows:
+        raise ValueError(
+            f"position_period={period}, but the model has {rows} positions: pass at most {rows}"
+        )
+    if period < min(2 * config.block_size, rows):
+        logger.warning(
+            "position_period=%d is less than two blocks of %d: inputs of more than %d tokens are not "
+            "what they were, as they are up to two blocks with a longer period or smaller blocks",
+            period,
+            config.block_size,
+            period,
+        )
+    return period
+
+
+def _is_computed(table: nn.Embedding, base: nn.Module, family: Family, offset: int) -> bool:
+    rows = value_of(table).detach()
+    return family.computed_positions(rows, offset, 1, base.config) is not None
 
 
 def _warn_of_unseen_tokens(plan: Plan, family: Family, config: LSGConfig) -> None:
