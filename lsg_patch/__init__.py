@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lsg_patch.conversion import convert
     from lsg_patch.families import AttentionNames, Family, Rotary, register_family
     from lsg_patch.patching import (
+        freeze_except,
         freeze_except_global,
         get_config,
         global_embeddings,
@@ -38,6 +39,7 @@ __all__ = [
     "convert",
     "disable_auto_patching",
     "enable_auto_patching",
+    "freeze_except",
     "freeze_except_global",
     "from_pretrained",
     "get_config",
@@ -63,6 +65,7 @@ _ROOMS = {
     "conversion": ("convert",),
     "families": ("AttentionNames", "Family", "Rotary", "register_family"),
     "patching": (
+        "freeze_except",
         "freeze_except_global",
         "get_config",
         "global_embeddings",

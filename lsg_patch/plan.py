@@ -119,7 +119,7 @@ def make_plan(
     _check_modules(base, plan)
     _check_positions(plan, config)
     if saved is None and config.position_period is not None:
-        plan.period = _checked_period(base, family, plan, config)
+        plan.period = _checked_period(base, family, config)
     _warn_of_unseen_tokens(plan, family, config)
     if plan.chunked:
         logger.warning(
@@ -426,14 +426,31 @@ def _check_positions(plan: Plan, config: LSGConfig) -> None:
         )
 
 
-def _checked_period(base: nn.Module, family: Family, plan: Plan, config: LSGConfig) -> int:
-    period, table = int(config.position_period or 0), plan.positions
-    if table is None or plan.rotary or _is_computed(table, base, family, plan.offset):
+def learned_tables(base: nn.Module, family: Family) -> tuple[list[nn.Embedding], int]:
+    """The tables of learned positions, the decoder's last, and the number of rows before position 0.
+
+    There are none where positions are computed or rotary.
+    """
+    rotary = family.rotary is not None and family.rotary.is_used(base.config)
+    if rotary or family.positions is None:
+        return [], 0
+    positions = _table(base, f"{family.embeddings}.{family.positions}")
+    offset, rows = family.position_offset(positions), value_of(positions).detach()
+    if family.computed_positions(rows, offset, 1, base.config) is not None:
+        return [], 0
+    decoder = family.decoder_positions
+    return [positions, *([_table(base, decoder)] if decoder else [])], offset
+
+
+def _checked_period(base: nn.Module, family: Family, config: LSGConfig) -> int:
+    period = int(config.position_period or 0)
+    tables, offset = learned_tables(base, family)
+    if not tables:
         raise ValueError(
             f"position_period={period}, but the positions of a {type(base).__name__} are computed and "
             "not learned: pass position_period=None"
         )
-    rows = table.num_embeddings - plan.offset
+    rows = tables[0].num_embeddings - offset
     if period > rows:
         raise ValueError(
             f"position_period={period}, but the model has {rows} positions: pass at most {rows}"
@@ -447,11 +464,6 @@ def _checked_period(base: nn.Module, family: Family, plan: Plan, config: LSGConf
             period,
         )
     return period
-
-
-def _is_computed(table: nn.Embedding, base: nn.Module, family: Family, offset: int) -> bool:
-    rows = value_of(table).detach()
-    return family.computed_positions(rows, offset, 1, base.config) is not None
 
 
 def _warn_of_unseen_tokens(plan: Plan, family: Family, config: LSGConfig) -> None:
