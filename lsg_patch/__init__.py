@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         enable_auto_patching,
         from_pretrained,
     )
+    from lsg_patch.chunking import Chunks, chunk_embeddings
     from lsg_patch.config import LSGConfig
     from lsg_patch.conversion import convert
     from lsg_patch.families import AttentionNames, Family, Rotary, register_family
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionNames",
+    "Chunks",
     "Family",
     "LSGConfig",
     "RelativeBias",
     "Rotary",
     "auto_patching",
+    "chunk_embeddings",
     "convert",
     "disable_auto_patching",
     "enable_auto_patching",
@@ -61,6 +64,7 @@ _ROOMS = {
         "enable_auto_patching",
         "from_pretrained",
     ),
+    "chunking": ("Chunks", "chunk_embeddings"),
     "config": ("LSGConfig",),
     "conversion": ("convert",),
     "families": ("AttentionNames", "Family", "Rotary", "register_family"),
