@@ -8,8 +8,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,36 +37,32 @@ class Chunks:
 
 @dataclass
 class _Text:
-    """A tokenized text: its own tokens stand behind the first ``head`` special ones and before the last
-    ``tail``; ``chunks`` are ranges of all of them.
+    """A tokenized text, its own tokens behind the first ``head`` of all and before the last ``tail``;
+    ``chunks`` are ranges of all tokens, with the ``spans`` of their characters and the ``sums`` of
+    their states.
     """
 
-    rows: dict[str, list[int]]
+    inputs: dict[str, Tensor]
     head: int
     tail: int
     chunks: list[Span]
     spans: list[Span]
     sums: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.rows["input_ids"])
-
-
-@dataclass
-class _Window:
-    """Tokens of a text that are read at a time: special ones around those from ``start`` to ``stop`` of
-    its own. Its states are taken of the tokens ``own``.
-    """
-
-    text: _Text
-    start: int
-    stop: int
-    own: Span
-
-    def inputs(self, name: str) -> Tensor:
-        row, text = self.text.rows[name], self.text
-        inside = row[text.head + self.start : text.head + self.stop]
-        return torch.tensor(row[: text.head] + inside + row[len(text) - text.tail :])
+    def windows(self, limit: int) -> Iterator[tuple[_Text, Tensor, Span]]:
+        """What is read at a time: the text, the numbers of the tokens, and the range of those of which
+        the states are taken.
+        """
+        numbers = torch.arange(len(self.inputs["input_ids"]))
+        front, inside, end = numbers.tensor_split([self.head, len(numbers) - self.tail])
+        size = limit - self.head - self.tail
+        if size < 1:
+            raise ValueError(f"the model reads {limit} tokens, no more than special ones")
+        starts = [*range(0, len(inside) - size, size - size // 4), max(0, len(inside) - size)]
+        # two windows share their overlap half and half
+        middles = [self.head + (first + size + second) // 2 for first, second in pairwise(starts)]
+        for start, own in zip(starts, pairwise([0, *middles, len(numbers)]), strict=True):
+            yield self, torch.cat([front, inside[start : start + size], end]), own
 
 
 def chunk_embeddings(
@@ -109,41 +105,23 @@ def chunk_embeddings(
         TypeError: ``model`` is of no supported family.
     """
     module = module_of(model)
-    tokenizer = _tokenizer(model, module) if tokenizer is None else tokenizer
+    tokenizer = tokenizer or tokenizer_in(model) or tokenizer_in(module)
     _check(tokenizer, texts, chunk_tokens, overlap, boundaries, batch_size)
-    after = _after_pooling(module)
-    base, family = find_base(module)
-    limits = [getattr(module, "max_seq_length", None)]
-    if is_patched(module):
-        limits.append(get_config(module).max_position_embeddings)
-    else:
-        tables, offset = learned_tables(base, family)
-        rows = tables[0].num_embeddings - offset if tables else base.config.max_position_embeddings
-        limits += [tokenizer.model_max_length, rows]
-    encoder: Any = base.get_encoder() if base.config.is_encoder_decoder else base  # type: ignore[union-attr]
-
-    limit = min(limit for limit in limits if limit is not None)
+    after, limit = _after_pooling(module), _limit(module, tokenizer)
+    base: Any = find_base(module)[0]
+    encoder = base.get_encoder() if base.config.is_encoder_decoder else base
     given = [boundaries] * len(texts) if isinstance(boundaries, str) else boundaries
     found = [
         _tokenized(tokenizer, text, where, chunk_tokens, overlap, language)
         for text, where in zip(texts, given, strict=True)
     ]
-    windows = [window for text in found for window in _windows(text, limit)]
-    windows.sort(key=lambda window: window.start - window.stop)
+    windows = [window for text in found for window in text.windows(limit)]
+    windows.sort(key=lambda window: -len(window[1]))
     with tqdm(total=len(windows), disable=not show_progress) as bar, torch.no_grad():
         for i in range(0, len(windows), batch_size):
             _read(encoder, windows[i : i + batch_size], tokenizer.pad_token_id or 0)
             bar.update(len(windows[i : i + batch_size]))
         return [Chunks(text.spans, _means(text, after, normalize)) for text in found]
-
-
-def _tokenizer(model: Any, module: nn.Module) -> Any:
-    found = tokenizer_in(model) or tokenizer_in(module)
-    if found is None:
-        raise ValueError(
-            f"tokenizer=None, but a {type(model).__name__} holds none: pass the model's"
-        )
-    return found
 
 
 def _check(
@@ -156,17 +134,16 @@ def _check(
             f"chunk_tokens={chunk_tokens}, overlap={overlap}, batch_size={batch_size}: pass at least one "
             "token and text, and an overlap from 0 to less than chunk_tokens"
         )
-    if isinstance(boundaries, str):
-        if boundaries not in ("tokens", "sentences"):
-            raise ValueError(f'boundaries={boundaries!r}: pass "tokens", "sentences" or spans')
-    elif len(boundaries) != len(texts):
+    if isinstance(boundaries, str) and boundaries not in ("tokens", "sentences"):
+        raise ValueError(f'boundaries={boundaries!r}: pass "tokens", "sentences" or spans')
+    if not isinstance(boundaries, str) and len(boundaries) != len(texts):
         raise ValueError(
             f"boundaries are spans of {len(boundaries)} texts, not of {len(texts)}: pass a list for each"
         )
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"a {type(tokenizer).__name__} does not say where tokens stand in a text, as fast tokenizers "
-            "do: AutoTokenizer.from_pretrained(..., use_fast=True)"
+            f"tokenizer is a {type(tokenizer).__name__}, and only fast tokenizers say where tokens stand "
+            "in a text: pass AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
 
 
@@ -174,78 +151,83 @@ def _after_pooling(module: nn.Module) -> list[nn.Module]:
     """What a SentenceTransformer applies to its pooled states."""
     if not (isinstance(module, nn.Sequential) and hasattr(module, "encode")):
         return []
-    prompt = getattr(module, "default_prompt_name", None)
+    prompt: Any = getattr(module, "default_prompt_name", None)
     if prompt is not None:
         raise ValueError(
             f"default_prompt_name={prompt!r} puts words before each text: set it to None, and put them "
             "into the texts"
         )
-    _, pooling, *after = module
-    mode = getattr(pooling, "pooling_mode", None) or pooling.get_pooling_mode_str()  # type: ignore[operator]
+    pooling: Any = module[1]
+    mode = getattr(pooling, "pooling_mode", None) or pooling.get_pooling_mode_str()
     if mode != "mean":
         raise ValueError(
             f"the pooling of the {type(module).__name__} is {mode!r}, and a chunk has only a mean: pass "
             "the encoder and its tokenizer, chunk_embeddings(model[0].auto_model, model.tokenizer, ...)"
         )
-    return after
+    return list(module.children())[2:]
+
+
+def _limit(module: nn.Module, tokenizer: Any) -> int:
+    """How many tokens are read at a time."""
+    base, family = find_base(module)
+    stated: Any = base.config
+    limits = [getattr(module, "max_seq_length", None)]
+    if is_patched(module):
+        limits.append(get_config(module).max_position_embeddings)
+    else:
+        tables, offset = learned_tables(base, family)
+        rows = tables[0].num_embeddings - offset if tables else stated.max_position_embeddings
+        limits += [tokenizer.model_max_length, rows]
+    return int(min(limit for limit in limits if limit is not None))
 
 
 def _tokenized(
-    tokenizer: Any,
-    text: str,
-    boundaries: str | Sequence[Span],
-    chunk_tokens: int,
-    overlap: int,
-    language: str,
+    tokenizer: Any, text: str, boundaries: Any, chunk_tokens: int, overlap: int, language: str
 ) -> _Text:
     rows = tokenizer(
         text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
     )
     special, offsets = rows.pop("special_tokens_mask"), rows.pop("offset_mapping")
-    count = len(special) - sum(special)
-    head = special.index(0) if count else len(special)
+    whole, count = len(special), len(special) - sum(special)
+    head = special.index(0) if count else whole
     offsets = offsets[head : head + count]
     ends = [end for _, end in offsets]
-
-    def tokens_in(span: Span) -> Span:
-        return bisect_right(ends, span[0]), bisect_right(ends, span[1])
-
-    if boundaries == "tokens":
-        chunks = list(_packed([(i, i + 1) for i in range(count)], chunk_tokens, overlap))
-    elif boundaries == "sentences":
-        sentences = map(tokens_in, _sentences(text, language))
-        pieces = [
-            (i, min(i + chunk_tokens, last))
-            for first, last in sentences
-            for i in range(first, last, chunk_tokens)
-        ]
-        chunks = list(_packed(pieces, chunk_tokens, overlap))
+    if isinstance(boundaries, str):
+        pieces = _pieces(text, ends, boundaries, chunk_tokens, language)
+        chunks = list(_packed(pieces, chunk_tokens, overlap)) if count else [(0, 0)]
+        spans = [(offsets[a][0], offsets[b - 1][1]) if count else (0, 0) for a, b in chunks]
     else:
-        chunks = [tokens_in(span) for span in boundaries]  # type: ignore[arg-type]
-        for span, (first, last) in zip(boundaries, chunks, strict=True):
+        spans = list(boundaries)
+        chunks = [(bisect_right(ends, begin), bisect_right(ends, end)) for begin, end in spans]
+        for span, (first, last) in zip(spans, chunks, strict=True):
             if first >= last and count:
                 raise ValueError(
                     f"boundaries: no token ends in {span} of {text[:40]!r}: leave it out"
                 )
-    chunks = chunks if count else [(0, 0)]
-    spans = [(offsets[a][0], offsets[b - 1][1]) if count else (0, 0) for a, b in chunks]
-    if not isinstance(boundaries, str) and count:
-        spans = list(boundaries)
-    with_special = [(a and head + a, head + b if b < count else len(special)) for a, b in chunks]
-    return _Text(dict(rows), head, len(special) - head - count, with_special, spans)
+    chunks = [(a and head + a, head + b if b < count else whole) for a, b in chunks]
+    inputs = {name: torch.tensor(row) for name, row in rows.items()}
+    return _Text(inputs, head, whole - head - count, chunks, spans)
 
 
-def _sentences(text: str, language: str) -> Iterator[Span]:
+def _pieces(
+    text: str, ends: list[int], boundaries: str, chunk_tokens: int, language: str
+) -> list[Span]:
+    """Ranges of tokens that are not cut: single ones, or sentences, the too long ones cut."""
+    if boundaries == "tokens":
+        return [(i, i + 1) for i in range(len(ends))]
     try:
         from sentencex import segment
     except ImportError as error:
         raise ImportError(
             'boundaries="sentences" needs sentencex: pip install lsg-patch[sentences]'
         ) from error
-    end = 0
-    for sentence in segment(language, text):
-        begin, end = end, end + len(sentence)
-        yield begin, end
+    lengths = accumulate(map(len, segment(language, text)), initial=0)
+    cuts = [bisect_right(ends, length) for length in lengths]
+    return [
+        (i, min(i + chunk_tokens, last))
+        for first, last in pairwise(cuts)
+        for i in range(first, last, chunk_tokens)
+    ]
 
 
 def _packed(pieces: list[Span], chunk_tokens: int, overlap: int) -> Iterator[Span]:
@@ -266,49 +248,28 @@ def _packed(pieces: list[Span], chunk_tokens: int, overlap: int) -> Iterator[Spa
             first -= 1
 
 
-def _windows(text: _Text, limit: int) -> Iterator[_Window]:
-    """The windows of at most ``limit`` tokens in which a text is read."""
-    count, size = len(text) - text.head - text.tail, limit - text.head - text.tail
-    if size < 1:
-        raise ValueError(
-            f"the model reads {limit} tokens, which leaves none beside the special ones"
-        )
-    starts = [*range(0, count - size, size - size // 4), max(0, count - size)]
-    # two windows share their overlap half and half
-    shared = [text.head + (first + size + second) // 2 for first, second in pairwise(starts)]
-    for start, own in zip(starts, pairwise([0, *shared, len(text)]), strict=True):
-        yield _Window(text, start, min(count, start + size), own)
-
-
-def _read(encoder: Any, windows: list[_Window], pad_id: int) -> None:
+def _read(encoder: Any, windows: list[tuple[_Text, Tensor, Span]], pad_id: int) -> None:
     """Read a batch of windows, and add their states to the chunks that they belong to."""
-    device = device_of(encoder)
-    inputs = {
-        name: pad_sequence(
-            [window.inputs(name) for window in windows],
-            batch_first=True,
-            padding_value=pad_id if name == "input_ids" else 0,
-        ).to(device)
-        for name in windows[0].text.rows
-    }
-    states = encoder(**inputs)[0]
-    for window, row in zip(windows, states, strict=True):
-        text, (first, last) = window.text, window.own
+    inputs = {}
+    for name in windows[0][0].inputs:
+        rows = [text.inputs[name][numbers] for text, numbers, _ in windows]
+        padded = pad_sequence(rows, True, pad_id if name == "input_ids" else 0)
+        inputs[name] = padded.to(device_of(encoder))
+    states = encoder(**inputs)[0].float().cpu()
+    for (text, numbers, own), row in zip(windows, states, strict=True):
         if text.sums is None:
-            text.sums = torch.zeros(len(text.chunks), row.shape[1], dtype=row.dtype).float()
-        for i, (begin, end) in enumerate(text.chunks):
-            begin, end = max(begin, first), min(end, last)
-            if begin < end:
-                inside = row[begin - window.start : end - window.start]
-                text.sums[i] += inside.float().sum(0).cpu()
+            text.sums = row.new_zeros(len(text.chunks), row.shape[1])
+        for i, chunk in enumerate(text.chunks):
+            first, last = max(chunk[0], own[0]), min(chunk[1], own[1])
+            mine = (numbers >= first) & (numbers < last)
+            text.sums[i] += row[: len(numbers)][mine].sum(0)
 
 
 def _means(text: _Text, after: list[nn.Module], normalize: bool) -> Tensor:
     counts = torch.tensor([end - begin for begin, end in text.chunks])
-    assert text.sums is not None
-    pooled = text.sums / counts[:, None]
+    pooled: Tensor = cast("Tensor", text.sums) / counts[:, None]
     for module in after:
-        weights = next(module.parameters(), pooled)
-        pooled = module({"sentence_embedding": pooled.to(weights)})["sentence_embedding"]
+        like = next(module.parameters(), pooled)
+        pooled = module({"sentence_embedding": pooled.to(like)})["sentence_embedding"]
     pooled = pooled.float().cpu()
     return nn.functional.normalize(pooled, dim=-1) if normalize else pooled

@@ -156,7 +156,7 @@ def test_a_pipeline_has_its_tokenizer(tokenizer: Any) -> None:
         ({"boundaries": [[], []]}, "spans of 2 texts, not of 1"),
         ({"boundaries": [[(2, 3)]]}, r"no token ends in \(2, 3\) of 'w5 w6'"),
         ({"tokenizer": SimpleNamespace(is_fast=False)}, "use_fast=True"),
-        ({"tokenizer": None}, "a BertModel holds none"),
+        ({"tokenizer": None}, "tokenizer is a NoneType, and only fast"),
     ],
 )
 def test_wrong_arguments(model: Any, tokenizer: Any, given: dict[str, Any], message: str) -> None:
