@@ -56,8 +56,8 @@ def test_queries_are_of_their_documents_and_of_no_other(tokenizer: Any) -> None:
     for query in texts.passages(documents, 4, (20, 20), seed=1):
         own = documents[query.document].text
         places = [own.index(f" {word} ") for word in query.text.split() if f" {word} " in own]
-        gap = max(after - before for before, after in pairwise(places))
-        assert places == sorted(places) and gap > len(own) / 3
+        gap = max(after - before for before, after in pairwise(sorted(places)))
+        assert gap > len(own) / 3
 
 
 @needs_weights
