@@ -267,8 +267,8 @@ def unpatch_model(model: Model) -> Model:
     Parameters of the attention were the same all the time, so what they learned stays. The
     position table is the old parameter again; its rows keep what they learned, those behind
     ``position_period`` and those that ``positions="interpolate"`` stretched are what they were
-    before. Global tokens go. Layers that
-    were copied or moved into ``model`` from a patched one are reverted as well.
+    before. Global tokens go. Layers that were copied or moved into ``model`` from a patched one are
+    reverted as well.
 
     Raises:
         ValueError: nothing in ``model`` is patched; or it was changed while it was, so that it could
@@ -321,8 +321,7 @@ def freeze_except_global(model: Model, train_head: bool = True) -> Model:
 def freeze_except(model: Model, *parts: str) -> Model:
     """Leave only these parts of a patched model trainable; build the optimizer after that.
 
-    ``requires_grad_(True)`` takes it back, and so does another call, but for ``"new_positions"`` only
-    that does, or the revert.
+    ``requires_grad_(True)`` takes it back.
 
     Args:
         parts: "global", the global tokens; "positions", the tables of learned positions;
@@ -373,13 +372,13 @@ def _known_positions(table: nn.Embedding, patch: Patch, offset: int) -> int:
     """How many positions of a patched model are those that it had before."""
     changes = getattr(record_of(table), "changes", [])
     resized = [change.common - offset for change in changes if isinstance(change, PositionsResized)]
-    known = resized[0] if resized else patch.saved["global_reach"]
-    if not known or known >= table.num_embeddings - offset:
+    known: int | None = resized[0] if resized else patch.saved["global_reach"]
+    if known is None or patch.config.positions != "tile" or known >= table.num_embeddings - offset:
         raise ValueError(
-            f"'new_positions': of {table.num_embeddings - offset} positions {known or 'an unknown number'} "
-            "are old ones: pass 'positions', or patch a model that has fewer, with positions='tile'"
+            f"'new_positions', but which of the {table.num_embeddings - offset} positions are new is not "
+            "known, or none is, or (positions='interpolate') all are: pass 'positions'"
         )
-    return int(known)
+    return known
 
 
 @contextmanager

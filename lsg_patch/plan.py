@@ -40,10 +40,9 @@ class Plan:
     the global tokens, spread over ``global_reach`` rows of a table; ``global_rows``
     (num_global_tokens, width), or None for none, the first of which is made of the token ``bos_id``;
     ``chunked`` are the modules that have a ``CHUNK``; ``period`` is the number of positions that are
-    repeated (None: all); ``tables`` are all tables of positions, those
-    that share a weight together; ``layers`` are those of ``Family.layers``, ``row_wise`` those of
-    ``Family.row_wise``; ``is_causal`` says that the model is a decoder; ``can_unpad`` that its layers
-    can run on packed rows.
+    repeated (None: all); ``tables`` are all tables of positions, those that share a weight together;
+    ``layers`` are those of ``Family.layers``, ``row_wise`` those of ``Family.row_wise``; ``is_causal``
+    says that the model is a decoder; ``can_unpad`` that its layers can run on packed rows.
     """
 
     attentions: list[nn.Module]

@@ -134,6 +134,28 @@ def test_saved_loaded_and_frozen_again(tmp_path: Path) -> None:
     assert not torch.equal(outputs(loaded), outputs(model))
     loaded.load_state_dict(state)
     assert torch.equal(outputs(loaded), outputs(model))
+    lsg_patch.unpatch_model(loaded)
+    name = "embeddings.position_embeddings.weight"
+    assert torch.equal(loaded.state_dict()[name], state[name])
+    assert not any("new_rows" in name for name, _ in loaded.named_parameters())
+
+
+def test_stretched_rows_are_all_new_in_a_loaded_model_too(tmp_path: Path) -> None:
+    stretched = {**SETTINGS, "positions": "interpolate"}
+    lsg_patch.patch_model(tiny_model("bert"), **stretched).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="all are: pass 'positions'"):
+        lsg_patch.freeze_except(lsg_patch.from_pretrained(tmp_path), "new_positions")
+
+
+def test_everything_trains_again_after_requires_grad() -> None:
+    model = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS)
+    lsg_patch.freeze_except(model, "new_positions").requires_grad_(True)
+    table = model.embeddings.position_embeddings
+    rows = table.weight.detach().clone()
+    train(model, "bert")
+    assert (table.weight[:150] != rows[:150]).any(1).all()
+    lsg_patch.unpatch_model(model)
+    assert not torch.equal(table.weight, rows[:POSITIONS])
 
 
 def test_a_state_dict_of_an_unpatched_model_is_still_refused() -> None:
@@ -194,8 +216,8 @@ def test_compiled() -> None:
         ("bert", {"num_global_tokens": 0}, ("global",), "num_global_tokens=0"),
         ("esm", {}, ("new_positions",), "are computed, or offloaded"),
         ("pegasus", {}, ("positions",), "are computed, or offloaded"),
-        ("bert", {"positions": "interpolate"}, ("new_positions",), "positions='tile'"),
-        ("bert", {"max_position_embeddings": POSITIONS}, ("new_positions",), "of 64 positions 64"),
+        ("bert", {"positions": "interpolate"}, ("new_positions",), "all are: pass"),
+        ("bert", {"max_position_embeddings": POSITIONS}, ("new_positions",), "or none is"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_changes(
