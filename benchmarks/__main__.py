@@ -26,7 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         "comparisons",
         nargs="*",
         metavar="COMPARISON",
-        help=f"of those below (default: {' '.join(QUICK)}); or plots, of --json's results",
+        help=f"of those below (default: {' '.join(QUICK)}); or plots, of --json's results; or quality "
+        "(its own --help)",
     )
     parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="T", help="tokens, in place of a comparison's own"
@@ -78,8 +79,13 @@ def _options(comparison: Comparison, args: argparse.Namespace) -> Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["quality"]:
+        from benchmarks import quality
+
+        return quality.main(given[1:])
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     if args.comparisons == ["plots"]:
         from benchmarks.plots import draw
 

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
         enable_auto_patching,
         from_pretrained,
     )
+    from lsg_patch.chunking import Chunks, chunk_embeddings
     from lsg_patch.config import LSGConfig
     from lsg_patch.conversion import convert
     from lsg_patch.exporting import export_onnx
     from lsg_patch.families import AttentionNames, Family, Rotary, register_family
     from lsg_patch.overview import overview
     from lsg_patch.patching import (
+        freeze_except,
         freeze_except_global,
         get_config,
         global_embeddings,
@@ -33,15 +35,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionNames",
+    "Chunks",
     "Family",
     "LSGConfig",
     "RelativeBias",
     "Rotary",
     "auto_patching",
+    "chunk_embeddings",
     "convert",
     "disable_auto_patching",
     "enable_auto_patching",
     "export_onnx",
+    "freeze_except",
     "freeze_except_global",
     "from_pretrained",
     "get_config",
@@ -66,6 +71,7 @@ _ROOMS = {
         "enable_auto_patching",
         "from_pretrained",
     ),
+    "chunking": ("Chunks", "chunk_embeddings"),
     "config": ("LSGConfig",),
     "conversion": ("convert",),
     "exporting": ("export_onnx",),
@@ -73,6 +79,7 @@ _ROOMS = {
     "overview": ("overview",),
     "plots": ("plot_cost", "plot_pattern"),
     "patching": (
+        "freeze_except",
         "freeze_except_global",
         "get_config",
         "global_embeddings",

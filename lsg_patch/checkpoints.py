@@ -80,6 +80,12 @@ def from_pretrained(
             "trust_remote_code=True: no code of a checkpoint is run here; leave it out"
         )
     settings = {x.name: kwargs.pop(x.name) for x in fields(LSGConfig) if x.name in kwargs}
+    if "position_period" in settings:
+        raise ValueError(
+            f"position_period={settings['position_period']!r}, but the positions of a patched checkpoint "
+            "are tiled already: leave it out, or unpatch_model(model) and patch_model(model, "
+            "position_period=...) anew"
+        )
     source = Source.of(path, kwargs)
     given: Any = kwargs.get("config")
     stated = given.to_dict() if hasattr(given, "to_dict") else source.config()

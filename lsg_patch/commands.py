@@ -87,7 +87,8 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [parameter for name, parameter in own.items() if name != "settings"]
     for name in names:
         option = typer.Option(help=told.get(name), rich_help_panel="Settings, as in LSGConfig")
-        annotation = Annotated[_option_of(types[name]) | None, option]
+        kind: Any = _option_of(types[name])
+        annotation: Any = Annotated[kind | None, option]
         parameters.append(
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation

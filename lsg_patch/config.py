@@ -11,6 +11,8 @@ from lsg_patch.attention import Geometry, check_backend, make_geometry
 
 MAX_GLOBAL_TOKENS = 512
 POSITION_NAMES = ("tile", "interpolate")
+# position_period: the length that the model was used at
+TRAINED = "trained"
 # of a patched model's config: what its checkpoint says of the patch, and in which form
 KEY, FORMAT = "lsg_patch", 1
 
@@ -35,6 +37,12 @@ class LSGConfig:
             training; what the table learns meanwhile is lost when the patch is taken back. In an
             encoder-decoder both tables are treated alike, so ``tile`` is the one for generation
             without training. Computed tables (sinusoids) go on by their formula in either way.
+        position_period: how many of the first rows of a learned position table are tiled, in an
+            encoder-decoder of both tables; None: all. Rows that were hardly trained are better not
+            repeated. Up to so many tokens nothing changes, so at least ``2 * block_size`` keeps short
+            inputs as they were (64 with 128, 128 with 256). "trained": the length that the model was
+            used at, by the ``max_seq_length`` of what holds it or its tokenizer's
+            ``model_max_length``; in the settings of the patched model it is that number.
         mask_first_token: hide the first real token of each row from the others, the first global
             token standing in for it. None: what suits the model's family.
         pool_with_global: give the first global token's output as the first real token's. In a decoder
@@ -63,6 +71,7 @@ class LSGConfig:
     num_global_tokens: int = 1
     max_position_embeddings: int = 4096
     positions: str = "tile"
+    position_period: int | str | None = None
     mask_first_token: bool | None = None
     pool_with_global: bool = True
     adaptive: bool = True
@@ -106,6 +115,14 @@ class LSGConfig:
         if self.positions not in POSITION_NAMES:
             raise ValueError(
                 f"positions must be one of {', '.join(POSITION_NAMES)}, not {self.positions!r}"
+            )
+        if self.position_period not in (None, TRAINED):
+            name = f'position_period (if not None or "{TRAINED}")'
+            _check_int(name, self.position_period, 1, None)
+        if self.position_period is not None and self.positions != "tile":
+            raise ValueError(
+                f"position_period={self.position_period!r} with positions={self.positions!r}, which "
+                'repeats no rows: pass positions="tile" or position_period=None'
             )
         check_backend(self.backend)
         if self.mask_first_token:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lsg_patch.checkpoints import from_pretrained, load, named_class
-from lsg_patch.config import KEY, LSGConfig
+from lsg_patch.config import KEY, TRAINED, LSGConfig
 from lsg_patch.families import find_base
 from lsg_patch.patching import (
     get_config,
@@ -29,8 +29,8 @@ from lsg_patch.weights import Source
 LENGTH, SEED = 4096, 123
 # of a short input's largest output; rounding is a hundredth of it
 TOLERANCE = 1e-4
-# what says what global tokens are at first, and what changes the outputs of short inputs
-_OF_ROWS = ("global_positional_stride", "random_global_init")
+# what says what global tokens and positions are at first, and what changes the outputs of short inputs
+_OF_ROWS = ("global_positional_stride", "random_global_init", "position_period")
 _OF_SHORT = (
     "mask_first_token",
     "pool_with_global",
@@ -92,6 +92,11 @@ def convert(
     cls = None if architecture is None else named_class([architecture.removeprefix(PREFIX)])
     tokenizer, why = tokenizer_at(found.path)
     if is_published(said) or KEY in said:
+        if settings.get("position_period") == TRAINED:
+            raise ValueError(
+                f"position_period={TRAINED!r}, but {found.path!r} is patched, and its tokenizer states "
+                "the patched length: pass the number"
+            )
         model = from_pretrained(found.path, cls)
     else:
         options = {"resize_lsg": resize_lsg, "keep_first_global_token": keep_first_global_token}
@@ -117,7 +122,8 @@ def convert(
     offset = family.position_offset(table) if family.config_counts_offset else 0
     # of up to two blocks, and no more than the source can read
     reach = min(stated.max_position_embeddings - offset, config.max_position_embeddings, 128)
-    short = _ids(stated, tokenizer, min(2 * config.block_size, reach))
+    period = config.position_period if isinstance(config.position_period, int) else reach
+    short = _ids(stated, tokenizer, min(2 * config.block_size, reach, period))
     before = _outputs(base, short) if test else None
     if kept:
         changed = {name: value for name, value in vars(config).items() if value != vars(was)[name]}

@@ -76,10 +76,7 @@ def set_limits(
     Args:
         readable: how many tokens the unpatched model reads; None: any number.
     """
-    # an object and the name of its attribute, and who has it; None: nobody
-    limits = [(owner, *limit) for owner in owners for limit in _limits_of(owner)]
-    if hasattr(tokenizer, "model_max_length"):
-        limits.append((None, tokenizer, "model_max_length"))
+    limits = list(_all_limits(owners, tokenizer))
     for owner, target, name in limits:
         change = LimitSet(target, name, getattr(target, name), length, readable)
         if owner is None:
@@ -102,6 +99,28 @@ def set_limits(
             length,
         )
     return bool(limits)
+
+
+def stated_limit(owners: list[Any], tokenizer: Any, most: int) -> tuple[int, str] | None:
+    """The least number of tokens, up to ``most``, at which ``owners`` or a ``tokenizer`` truncate, and
+    in words where it stands.
+    """
+    found = []
+    for owner, target, name in _all_limits(owners, tokenizer):
+        value, shown = getattr(target, name), type(target if owner is None else owner).__name__
+        # tokenizers that know no limit state a huge one
+        if isinstance(value, int) and 1 <= value <= most:
+            found.append((value, f"the {name} of {shown}"))
+    return min(found, default=None)
+
+
+def _all_limits(owners: list[Any], tokenizer: Any) -> Iterator[tuple[Any, Any, str]]:
+    """Who has a limit (None: nobody, it is a ``tokenizer`` that was given), and object and attribute."""
+    for owner in owners:
+        for target, name in _limits_of(owner):
+            yield owner, target, name
+    if hasattr(tokenizer, "model_max_length"):
+        yield None, tokenizer, "model_max_length"
 
 
 def _record_on(owner: Any, journal: Journal) -> Journal:

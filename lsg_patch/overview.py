@@ -64,7 +64,8 @@ def overview(
     modules = find_modules(base, family.attentions)
     heads = int(getattr(modules[0], family.names.heads))
     query: Any = modules[0].get_submodule(family.names.query)
-    width, layers = query.weight.shape[0], getattr(of_model, "num_hidden_layers", len(modules))
+    width = int(query.weight.shape[0])
+    layers = int(getattr(of_model, "num_hidden_layers", len(modules)))
     stack = base.get_submodule(family.stack)
     weights = sum(
         x.numel() for n, x in stack.named_parameters() if x.dim() == 2 and "embed" not in n
@@ -114,7 +115,7 @@ def _parameters(module: nn.Module) -> int:
 
 def _global_width(base: nn.Module, embeddings: str) -> int:
     tables = base.get_submodule(embeddings).modules()
-    return next(x.embedding_dim for x in tables if isinstance(x, nn.Embedding))
+    return int(next(x.embedding_dim for x in tables if isinstance(x, nn.Embedding)))
 
 
 def time_forwards(
@@ -125,6 +126,7 @@ def time_forwards(
     Full attention is that of a block of half the length, which sees everything; by PyTorch's fused
     attention, as the unpatched model has it.
     """
+    base: Any = find_base(model)[0]
     found = []
     for length in lengths:
         whole = replace(
@@ -140,7 +142,7 @@ def time_forwards(
             for side in (whole, replace(config, max_position_embeddings=length))
         ]
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(5, sides[0].config.vocab_size, (1, length), generator=generator)
+        ids = torch.randint(5, base.config.vocab_size, (1, length), generator=generator)
         times: list[list[float]] = [[], []]
         with torch.inference_mode():
             for turn in range(repeats + 1):

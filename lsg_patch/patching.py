@@ -8,23 +8,37 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import nn
 
-from lsg_patch.config import KEY, LSGConfig, SavedPatch
+from lsg_patch.config import KEY, TRAINED, LSGConfig, SavedPatch
 from lsg_patch.families import FAMILIES, Family, find_base
-from lsg_patch.holders import Holder, module_of, owners_of, set_limits, tokenizer_in
+from lsg_patch.holders import Holder, module_of, owners_of, set_limits, stated_limit, tokenizer_in
 from lsg_patch.hooking import hook_edges
 from lsg_patch.loading import CheckStateDict, check_adapters
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
 from lsg_patch.modules.layer import swap_layer
 from lsg_patch.modules.link import Link
-from lsg_patch.modules.position_table import RESIZED, resize_buffers, resize_positions
+from lsg_patch.modules.new_rows import join, split
+from lsg_patch.modules.position_table import (
+    RESIZED,
+    PositionsResized,
+    resize_buffers,
+    resize_positions,
+)
 from lsg_patch.modules.self_attention import swap_attention
 from lsg_patch.offloading import value_of
-from lsg_patch.plan import CHUNK, Plan, SavedGlobals, check_revert, configs_around, make_plan
+from lsg_patch.plan import (
+    CHUNK,
+    Plan,
+    SavedGlobals,
+    check_revert,
+    configs_around,
+    learned_tables,
+    make_plan,
+)
 from lsg_patch.undo import HookAdded, Journal, record_of, records_of
 
 logger = logging.getLogger(__name__)
@@ -32,6 +46,8 @@ Model = TypeVar("Model", bound=nn.Module | Holder)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 GLOBAL_EMBEDDINGS = "global_embeddings"
+# of a model, that may train while the rest does not
+PARTS = ("global", "positions", "new_positions", "head")
 
 
 @dataclass(kw_only=True)
@@ -78,6 +94,7 @@ def patch_model(
     num_global_tokens: int = 1,
     max_position_embeddings: int = 4096,
     positions: str = "tile",
+    position_period: int | str | None = None,
     mask_first_token: bool | None = None,
     pool_with_global: bool = True,
     adaptive: bool = True,
@@ -155,6 +172,8 @@ def patch_with(
     check_adapters(module, GLOBAL_EMBEDDINGS)
     owners = owners_of(model, base)
     ids_from = tokenizer_in(owners[0]) if tokenizer is None and owners else tokenizer
+    if config.position_period == TRAINED:
+        config = replace(config, position_period=_trained_length(base, owners, tokenizer))
     # tensors made in inference mode could never be trained
     with torch.inference_mode(False):
         plan = make_plan(module, base, family, config, ids_from, saved)
@@ -198,13 +217,25 @@ def patch_with(
     return model
 
 
+def _trained_length(base: nn.Module, owners: list[Any], tokenizer: Any) -> int:
+    found = stated_limit(owners, tokenizer, getattr(base.config, "max_position_embeddings", 0))
+    if found is None:
+        raise ValueError(
+            f"position_period={TRAINED!r}, but no tokenizer says at which length the model was used: "
+            "pass tokenizer=, or the number"
+        )
+    logger.info("position_period is %d, %s", *found)
+    return found[0]
+
+
 def unpatch_model(model: Model) -> Model:
     """Give back what ``patch_model`` changed, exactly; returns ``model``.
 
     Parameters of the attention were the same all the time, so what they learned stays. The
-    position table is the old parameter again; its rows keep what they learned, those that
-    ``positions="interpolate"`` stretched are what they were before. Global tokens go. Layers that
-    were copied or moved into ``model`` from a patched one are reverted as well.
+    position table is the old parameter again; its rows keep what they learned, those behind
+    ``position_period`` and those that ``positions="interpolate"`` stretched are what they were
+    before. Global tokens go. Layers that were copied or moved into ``model`` from a patched one are
+    reverted as well.
 
     Raises:
         ValueError: nothing in ``model`` is patched; or it was changed while it was, so that it could
@@ -247,23 +278,73 @@ def unpatch_model(model: Model) -> Model:
 
 
 def freeze_except_global(model: Model, train_head: bool = True) -> Model:
-    """Leave only the global tokens trainable, and with ``train_head`` what is outside the base model.
+    """``freeze_except(model, "global", "head")``, or ``"global"`` alone: the cheapest way to fit a
+    patched model to long inputs.
+    """
+    return freeze_except(model, "global", *["head"] * train_head)
 
-    The cheapest way to fit a patched model to long inputs. Weights that a head shares with the base
-    model (a language model's words) are frozen. ``requires_grad_(True)`` takes it back.
+
+def freeze_except(model: Model, *parts: str) -> Model:
+    """Leave only these parts of a patched model trainable; build the optimizer after that.
+
+    ``requires_grad_(True)`` takes it back.
+
+    Args:
+        parts: "global", the global tokens; "positions", the tables of learned positions;
+            "new_positions", their rows behind those that the model had (behind ``position_period``
+            where that is given): a parameter ``new_rows`` of its own, so that short inputs keep their
+            positions bit for bit with any optimizer; state dicts have the whole table. "head": what is
+            outside the base model, without weights that it shares with that (a language model's words).
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: ``model`` is not patched, or patched with ``num_global_tokens=0``.
+        ValueError: there is no such part, the model lacks it, or two do not fit; nothing is changed.
     """
-    trained = global_embeddings(model)
-    of_bases = {id(p) for base, _ in _require_patched(model) for p in base.parameters()}
+    if not parts or not set(parts) <= set(PARTS) or {"positions", "new_positions"} <= set(parts):
+        raise ValueError(
+            f"freeze_except: pass some of {', '.join(PARTS)}, of the two positions only one, not {parts!r}"
+        )
+    patches = _require_patched(model)
+    trained = [global_embeddings(model)] if "global" in parts else []
+    base, patch = patches[0]
+    tables: list[nn.Embedding] = []
+    offset = 0
+    if "positions" in parts or "new_positions" in parts:
+        tables, offset = learned_tables(base, FAMILIES[patch.family])
+        if not tables or any(table.weight.is_meta for table in tables):
+            raise ValueError(
+                f"the positions of this {type(base).__name__} are computed, or offloaded: leave "
+                "'positions' out, or load the model onto a device"
+            )
+    old = offset + _known_positions(tables[0], patch, offset) if "new_positions" in parts else 0
+    join(module_of(model))
+    if "new_positions" in parts:
+        groups = {
+            id(table.weight): [x for x in tables if x.weight is table.weight] for table in tables
+        }
+        trained += [split(group, old, patch) for group in groups.values()]
+    else:
+        trained += [cast("nn.Parameter", table.weight) for table in tables]
+    of_bases = {id(p) for base, _ in patches for p in base.parameters()}
     for parameter in module_of(model).parameters():
-        in_head = train_head and id(parameter) not in of_bases
-        parameter.requires_grad_(parameter is trained or in_head)
+        in_head = "head" in parts and id(parameter) not in of_bases
+        parameter.requires_grad_(in_head or any(parameter is x for x in trained))
     return model
+
+
+def _known_positions(table: nn.Embedding, patch: Patch, offset: int) -> int:
+    """How many positions of a patched model are those that it had before."""
+    changes = getattr(record_of(table), "changes", [])
+    resized = [change.common - offset for change in changes if isinstance(change, PositionsResized)]
+    known: int | None = resized[0] if resized else patch.saved["global_reach"]
+    if known is None or patch.config.positions != "tile" or known >= table.num_embeddings - offset:
+        raise ValueError(
+            f"'new_positions', but which of the {table.num_embeddings - offset} positions are new is not "
+            "known, or none is, or (positions='interpolate') all are: pass 'positions'"
+        )
+    return known
 
 
 @contextmanager
@@ -317,15 +398,15 @@ def _apply(
     """Make the changes, recording each of them."""
     length = config.max_position_embeddings
     for tables in plan.tables:
-        if tables[0].num_embeddings == plan.offset + length:
+        if plan.period is None and tables[0].num_embeddings == plan.offset + length:
             continue  # as many rows as wanted: they are taken as they are
-        rows = value_of(tables[0]).detach()
-        computed = family.computed_positions(rows, plan.offset, length, base.config)
-        if computed is None:
+        rows = value_of(tables[0]).detach()[: plan.period and plan.offset + plan.period]
+        common = len(rows)
+        resized = family.computed_positions(rows, plan.offset, length, base.config)
+        if resized is None:
             resized = RESIZED[config.positions](rows, plan.offset, length)
-            resize_positions(tables, resized, journal, config.positions == "interpolate")
-        else:
-            resize_positions(tables, computed, journal)
+            common = 0 if config.positions == "interpolate" else common
+        resize_positions(tables, resized, journal, common)
     resize_buffers(plan.embeddings, family.position_buffers, length + plan.offset, journal)
     for model_config in plan.configs.values():
         journal.set_attribute(model_config, "max_position_embeddings", length + plan.config_offset)

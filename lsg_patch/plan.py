@@ -38,9 +38,10 @@ class Plan:
     ``rotary`` is None where the table's rows are added to words; ``global_positions`` are those of
     the global tokens, spread over ``global_reach`` rows of a table; ``global_rows``
     (num_global_tokens, width), or None for none, the first of which is made of the token ``bos_id``;
-    ``chunked`` are the modules that have a ``CHUNK``; ``tables`` are all tables of positions, those
-    that share a weight together; ``layers`` are those of ``Family.layers``; ``is_causal`` says that the
-    model is a decoder; ``can_unpad`` that its layers can run on packed rows.
+    ``chunked`` are the modules that have a ``CHUNK``; ``period`` is the number of positions that are
+    repeated (None: all); ``tables`` are all tables of positions, those that share a weight together;
+    ``layers`` are those of ``Family.layers``; ``is_causal`` says that the model is a decoder;
+    ``can_unpad`` that its layers can run on packed rows.
     """
 
     attentions: list[nn.Module]
@@ -58,6 +59,7 @@ class Plan:
     configs: dict[str, Any]
     num_layers: int
     chunked: list[nn.Module]
+    period: int | None = None
     decoder: nn.Module | None = None
     tables: list[list[nn.Embedding]] = field(default_factory=list)
     global_rows: Tensor | None = None
@@ -114,6 +116,8 @@ def make_plan(
     _check_modules(base, plan)
     _check_signatures(base, family, plan)
     _check_positions(plan, config)
+    if saved is None and config.position_period is not None:
+        plan.period = _checked_period(base, family, config)
     _warn_of_unseen_tokens(plan, family, config)
     if plan.chunked:
         logger.warning(
@@ -195,6 +199,8 @@ def _locate(
                     f"but the model has {reach}: it is another model's config, save the model again"
                 )
             reach = table_reach = saved_reach
+        elif config.position_period is not None:
+            reach = table_reach = min(reach, int(config.position_period))
     # on a CPU whatever device new tensors are made on at the moment: they become numbers
     stride, device = config.global_positional_stride, torch.device("cpu")
     taken = global_positions(reach, stride, config.num_global_tokens, device)
@@ -420,6 +426,46 @@ def _check_positions(plan: Plan, config: LSGConfig) -> None:
             config.max_position_embeddings,
             rows - plan.config_offset,
         )
+
+
+def learned_tables(base: nn.Module, family: Family) -> tuple[list[nn.Embedding], int]:
+    """The tables of learned positions, the decoder's last, and the number of rows before position 0.
+
+    There are none where positions are computed or rotary.
+    """
+    rotary = family.rotary is not None and family.rotary.is_used(base.config)
+    if rotary or family.positions is None:
+        return [], 0
+    positions = _table(base, f"{family.embeddings}.{family.positions}")
+    offset, rows = family.position_offset(positions), value_of(positions).detach()
+    if family.computed_positions(rows, offset, 1, base.config) is not None:
+        return [], 0
+    decoder = family.decoder_positions
+    return [positions, *([_table(base, decoder)] if decoder else [])], offset
+
+
+def _checked_period(base: nn.Module, family: Family, config: LSGConfig) -> int:
+    period = int(config.position_period or 0)
+    tables, offset = learned_tables(base, family)
+    if not tables:
+        raise ValueError(
+            f"position_period={period}, but the positions of a {type(base).__name__} are computed and "
+            "not learned: pass position_period=None"
+        )
+    rows = tables[0].num_embeddings - offset
+    if period > rows:
+        raise ValueError(
+            f"position_period={period}, but the model has {rows} positions: pass at most {rows}"
+        )
+    if period < min(2 * config.block_size, rows):
+        logger.warning(
+            "position_period=%d is less than two blocks of %d: inputs of more than %d tokens are not "
+            "what they were, as they are up to two blocks with a longer period or smaller blocks",
+            period,
+            config.block_size,
+            period,
+        )
+    return period
 
 
 def _warn_of_unseen_tokens(plan: Plan, family: Family, config: LSGConfig) -> None:

@@ -30,6 +30,7 @@ FORBIDDEN = {
     "holders.py": ("transformers", "families", "modules", "plan", "patching"),
     "loading.py": ("transformers", "families", "modules", "plan", "patching"),
     "patching.py": ("checkpoints", "weights", "cli", "demo", "memory"),
+    "chunking.py": ("transformers", "checkpoints", "cli", "demo", "memory"),
     "checkpoints.py": ("conversion", "cli", "demo", "memory"),
     "conversion.py": ("cli", "demo", "memory"),
     "published.py": ("transformers", "checkpoints", "patching", "plan", "weights"),

@@ -28,8 +28,8 @@ from lsg_patch.attention.compiling import is_exporting
 #   runs           |   0   |   1   |   2   |       3       |   4   |   5   |   6   | 7 |
 #
 # The ends of the sequence cut windows off: a run is neighbouring blocks whose windows have the same
-# sizes, as blocks 3 and 4. A piece (`backends/pieces.py`) is as much of a run, for some heads and some rows of
-# the batch, as a processor's cache holds: what is computed at a time.
+# sizes, as blocks 3 and 4. A piece (`backends/pieces.py`) is as much of a run, for some heads and some
+# rows of the batch, as a processor's cache holds: what is computed at a time.
 
 
 @dataclass(frozen=True)

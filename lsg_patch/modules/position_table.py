@@ -96,11 +96,10 @@ def _owner_besides(tables: Sequence[nn.Embedding]) -> type[nn.Module] | None:
 
 
 def resize_positions(
-    tables: Sequence[nn.Embedding], rows: Tensor, journal: Journal, stretched: bool = False
+    tables: Sequence[nn.Embedding], rows: Tensor, journal: Journal, common: int
 ) -> None:
-    """Give ``tables``, which share a weight, the ``rows`` (n, width), the first of which are theirs.
-
-    ``stretched``: the first ones are others.
+    """Give ``tables``, which share a weight, the ``rows`` (n, width), of which the first ``common``
+    are theirs.
     """
     old = cast("nn.Parameter", tables[0].weight)
     keeper = offloading.keeper_of(tables[0]) if old.is_meta else None
@@ -111,7 +110,7 @@ def resize_positions(
         rows = offloading.keep(tables[0], "weight", rows)
     new = nn.Parameter(rows, requires_grad=old.requires_grad)
     for table in tables:
-        journal.of(table).record(PositionsResized(table, old, stretched, keeper, kept))
+        journal.of(table).record(PositionsResized(table, old, common, keeper, kept))
         table.weight = new
         table.num_embeddings = len(new)
 
@@ -134,16 +133,16 @@ def resize_buffers(owner: nn.Module, names: tuple[str, ...], rows: int, journal:
 class PositionsResized(Change):
     """The old table comes back as the same parameter, moved and cast as the new one was.
 
-    Its rows are the first ones of the new table, so a table that was trained while it was long comes
-    back trained; rows that the new table lacked are the old ones. What stretched rows learned
-    belongs to no old row: then the old ones are what they were. Where the table was offloaded, the
+    Its first ``common`` rows are those of the new table, so a table that was trained while it was
+    long comes back trained; all others are what they were. Stretched rows have none in common with
+    the old ones. Where the table was offloaded, the
     hook ``keeper`` had the values ``kept``; if it has them no more, or another hook has, the
     parameter is a new one.
     """
 
     table: nn.Embedding
     old: nn.Parameter
-    stretched: bool
+    common: int
     keeper: Any
     kept: Tensor | None
 
@@ -153,7 +152,7 @@ class PositionsResized(Change):
     def undo(self) -> None:
         table, old, new = self.table, self.old, self.table.weight
         values = offloading.value_of(table).detach()
-        first = values[: 0 if self.stretched else len(old)]
+        first = values[: min(self.common, len(old))]
         rest = (old.detach() if self.kept is None else self.kept)[len(first) :]
         rows = torch.cat([first, rest.to(values)])
         keeper = offloading.keeper_of(table) if new.is_meta else None

@@ -63,7 +63,7 @@ def swap_class(module: nn.Module, mixin: type[Swapped], state: Any, journal: Jou
     old = type(module)
     journal.set_attribute(module, "lsg", state)
     journal.of(module).record(ClassSwapped(module, mixin, old))
-    _set_class(module, swapped_class(mixin, old))
+    set_class(module, swapped_class(mixin, old))
 
 
 @dataclass
@@ -82,10 +82,10 @@ class ClassSwapped(Change):
         return hidden_forward(self.module)
 
     def undo(self) -> None:
-        _set_class(self.module, self.old)
+        set_class(self.module, self.old)
 
 
-def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """What the module keeps bound of its own methods are those of the new class then.
 
     So does accelerate, whose hooks call the forward that they met.

@@ -151,3 +151,16 @@ def test_the_trainer_never_mixes_two_checkpoints(
         trainer.train(resume_from_checkpoint=str(best))
     saved, own = load_file(best / "model.safetensors"), values(base)
     assert_bitwise({name: saved[name] for name in own}, own)  # the best one again
+
+
+def test_the_period_is_the_length_that_it_was_used_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = encoder(tmp_path)
+    model.max_seq_length = 40
+    with caplog.at_level(logging.INFO, "lsg_patch"):
+        lsg_patch.patch_model(model, **SETTINGS, position_period="trained")
+    assert lsg_patch.get_config(model).position_period == 40
+    assert "position_period is 40, the " in caplog.text
+    rows = model[0].auto_model.embeddings.position_embeddings.weight
+    assert torch.equal(rows, rows[torch.arange(200) % 40])
