@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # first the one that inputs of an encoder begin with
 BOS_NAMES = ("cls_token_id", "bos_token_id")
@@ -37,7 +40,21 @@ def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, 
         _checked(value, kind, f"{lacks} {' or '.join(names)}", config.vocab_size)
         for (kind, names), value in zip(wanted, found, strict=True)
     ]
+    if tokenizer is not None:
+        _warn_of_misfit(config, tokenizer)
     return bos, mask[0] if mask else None
+
+
+def _warn_of_misfit(config: Any, tokenizer: Any) -> None:
+    """Say what shows that ``tokenizer`` is another model's: its padding, or words that have no row."""
+    padding, own = (getattr(x, "pad_token_id", None) for x in (tokenizer, config))
+    if None not in (padding, own) and padding != own:
+        found = f"pads with {padding} and the model with {own}"
+    elif hasattr(tokenizer, "__len__") and len(tokenizer) > config.vocab_size:
+        found = f"has {len(tokenizer)} tokens and the model {config.vocab_size}"
+    else:
+        return
+    logger.warning("the tokenizer %s: pass the model's own as tokenizer=", found)
 
 
 def _checked(value: int | None, kind: str, lacks: str, num_words: int) -> int:
