@@ -33,7 +33,7 @@ def accelerator_for(way: str) -> Accelerator:
         made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["BertLayer", "BertEmbeddings"],
+            transformer_cls_names_to_wrap=["BertLayer"],
             cpu_ram_efficient_loading=False,
         )
     return made

@@ -13,7 +13,9 @@ import torch
 from tests.ecosystem.launched import train
 from tests.matrix.environments import ROOT
 
-LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+# --multi_gpu is what starts several processes by itself; the script says that it wants a CPU
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1"]
 LAUNCH += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
