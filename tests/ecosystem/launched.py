@@ -11,6 +11,7 @@ import transformers
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import lsg_patch
@@ -58,7 +59,10 @@ def train(way: str) -> dict[str, Any]:
         losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
         # DDP says it too: with its defaults it goes on only if every parameter took part
         assert not unused, unused
-    weights = accelerator.get_state_dict(model)
+    weights = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in accelerator.get_state_dict(model).items()
+    }
     return {"losses": losses, "weights": weights, "type": type(model).__name__}
 
 
