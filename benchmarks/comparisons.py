@@ -351,7 +351,7 @@ COMPARISONS = {
     "memory": Comparison(memory, 0.7, (8192, 32768)),
     "ragged": Comparison(ragged, 1.5, (200, 4096), rounds=FEW),
     "batches": Comparison(batches, 6, (64, 512), rounds=FEW, layers=6),
-    "long-batches": Comparison(batches, 40, (256, 4096), rounds=Rounds(least=1), layers=6),
+    "long-batches": Comparison(batches, 12, (256, 4096), rounds=Rounds(least=1), layers=6),
     "small": Comparison(small, 0.3, (), ()),
     "train": Comparison(train, 2, (4096,), rounds=FEW),
     "growth": Comparison(growth, 5, (8192, 65536), rounds=FEW),

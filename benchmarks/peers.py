@@ -97,9 +97,9 @@ def local_attention(window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
 
 
 def sentence_transformer(layers: int) -> Any:
-    """all-MiniLM-L6-v2 as sentence-transformers loads it; None, and it is said, where it is not installed."""
+    """all-MiniLM-L6-v2 in sentence-transformers; None, which it says, where they are not installed."""
     if importlib.util.find_spec("sentence_transformers") is None:
-        leave_out("batches", "sentence-transformers is not installed (pip install it)")
+        leave_out("batches", "it is not installed (pip install sentence-transformers)")
         return None
     from sentence_transformers import SentenceTransformer
 

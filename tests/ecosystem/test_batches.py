@@ -30,4 +30,7 @@ def test_what_is_missing_is_named(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert peers.sentence_transformer(layers=1) is None
-    assert "batches is left out: sentence-transformers is not installed" in capsys.readouterr().err
+    assert (
+        "batches is left out: it is not installed (pip install sentence-transformers)"
+        in capsys.readouterr().err
+    )

@@ -170,3 +170,14 @@ def test_an_adapter_of_global_tokens_that_was_loaded_before_the_patch(tmp_path: 
     patched = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS)
     late = PeftModel.from_pretrained(patched, tmp_path)
     assert (lsg_patch.global_embeddings(late) == 3.0).all()
+
+
+def test_an_adapter_of_another_number_of_global_tokens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LoraConfig(target_modules=["query"], modules_to_save=["global_embeddings"])
+    get_peft_model(patched_classifier(num_global_tokens=2), config).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(patched_classifier(), tmp_path)
+    assert "only the first 1 of 2 global tokens are loaded" in caplog.text
+    with pytest.raises(RuntimeError, match=r"global_embeddings.*\[2, 32\].*\[4, 32\]"):
+        PeftModel.from_pretrained(patched_classifier(num_global_tokens=4), tmp_path)

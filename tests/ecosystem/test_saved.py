@@ -247,7 +247,8 @@ PARTS = {
         pytest.param(
             {"": "disk"},
             marks=pytest.mark.skipif(
-                transformers.__version__ < "5", reason="transformers 4.x loads no whole model to disk"
+                transformers.__version__ < "5",
+                reason="transformers 4.x loads no whole model to disk",
             ),
         ),
     ],
