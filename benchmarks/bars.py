@@ -22,6 +22,10 @@ BARS: dict[tuple[str, str, str], float | None] = {
     ("growth", "8192 to 65536 tokens, norm, memory", "1 of 65536"): 1.15,
     # Time of a batch with padding, to that of its texts, each alone and without padding.
     ("ragged", "8 of 200 to 4096 tokens, norm", "by default"): 1.15,
+    # Time of SentenceTransformer.encode, to that of the unpatched model.
+    **{
+        ("batches", f"64 to 512 tokens, {size} texts at a time", "*"): 1.02 for size in (8, 32, 128)
+    },
     # Time of the attention product alone, to that of full fused attention.
     ("attention", "4096 tokens", "*"): 0.24,
     ("attention", "4096 tokens", "lsh"): 0.35,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from benchmarks.bars import BUDGETS, bar
 from benchmarks.harness import Record, Rounds, Side, Spread, records_of, time_sides
 from benchmarks.models import SELECTIONS, bert, inputs, padded, patched_copy
-from benchmarks.peers import available, leave_out, local_attention
+from benchmarks.peers import available, leave_out, local_attention, sentence_transformer, texts_of
 from lsg_patch import lsg_attention, patch_model, unpatch_model
 from lsg_patch.memory import peak_memory
 
@@ -177,6 +178,32 @@ def peers(options: Options) -> Iterator[list[Record]]:
         ]
 
 
+NUM_TEXTS, BATCH_SIZES = 256, (8, 32, 128)
+
+
+def batches(options: Options) -> Iterator[list[Record]]:
+    """Time of SentenceTransformer.encode on texts as a corpus has them, against the unpatched model.
+
+    256 texts, which the unpatched model truncates at its 512 tokens; weights of all-MiniLM-L6-v2.
+    """
+    base = sentence_transformer(options.layers)
+    if base is None:
+        return
+    short, long = min(options.lengths), max(options.lengths)
+    texts = texts_of(base, NUM_TEXTS, short, long)
+    models = {"unpatched": base}
+    for name in options.selections:
+        models[name] = patch_model(copy.deepcopy(base), sparsity_type=name)
+    for size in BATCH_SIZES:
+        sides = [
+            Side(name, partial(model.encode, texts, batch_size=size, show_progress_bar=False))
+            for name, model in models.items()
+        ]
+        seconds = time_sides(sides, options.rounds, options.clock)
+        case = f"{short} to {long} tokens, {size} texts at a time"
+        yield records_of("batches", case, sides, seconds, bar)
+
+
 IMPORT = """
 import time
 import transformers
@@ -323,6 +350,8 @@ COMPARISONS = {
     "attention": Comparison(attention, 0.7, (128, 1024, 4096), SELECTIONS),
     "memory": Comparison(memory, 0.7, (8192, 32768)),
     "ragged": Comparison(ragged, 1.5, (200, 4096), rounds=FEW),
+    "batches": Comparison(batches, 6, (64, 512), rounds=FEW, layers=6),
+    "long-batches": Comparison(batches, 12, (256, 4096), rounds=Rounds(least=1), layers=6),
     "small": Comparison(small, 0.3, (), ()),
     "train": Comparison(train, 2, (4096,), rounds=FEW),
     "growth": Comparison(growth, 5, (8192, 65536), rounds=FEW),

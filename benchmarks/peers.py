@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import random
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.models import VOCABULARY, bert
+from lsg_patch.demo import DemoError, bundled_model
 
 
 def _made(name: str, layers: int, positions: int, **settings: Any) -> nn.Module:
@@ -91,6 +94,33 @@ def local_attention(window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
         window_size=window, look_backward=1, look_forward=1, causal=False, autopad=True
     )
     return attend
+
+
+def sentence_transformer(layers: int) -> Any:
+    """all-MiniLM-L6-v2 in sentence-transformers; None, which it says, where they are not installed."""
+    if importlib.util.find_spec("sentence_transformers") is None:
+        leave_out("batches", "it is not installed (pip install sentence-transformers)")
+        return None
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(bundled_model(), device="cpu")
+    except DemoError as error:
+        leave_out("batches", str(error))
+        return None
+    del model[0].auto_model.encoder.layer[layers:]
+    return model
+
+
+def texts_of(model: Any, count: int, short: int, long: int) -> list[str]:
+    """Texts of `short` to `long` tokens, log-normal around the middle of both as lengths in corpora are."""
+    chance = random.Random(0)
+    words = [w for w in model.tokenizer.get_vocab() if w.isalpha() and w.isascii()]  # a token each
+    words.sort()
+    middle, spread = math.log(short * long) / 2, math.log(long / short) / 4
+    drawn = (round(chance.lognormvariate(middle, spread)) for _ in range(count))
+    lengths = [max(short, min(long, length)) for length in drawn]
+    return [" ".join(chance.choices(words, k=length - 2)) for length in lengths]  # and cls and sep
 
 
 def leave_out(name: str, reason: str) -> None:

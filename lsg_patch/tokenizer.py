@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # first the one that inputs of an encoder begin with
 BOS = ("cls_token_id", "bos_token_id")
@@ -42,7 +45,21 @@ def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, 
                 f"{config.vocab_size}: pass the model's own tokenizer as tokenizer="
             )
         ids.append(found)
+    if tokenizer is not None:
+        _warn_of_misfit(config, tokenizer)
     return ids[0], ids[1] if needs_mask else None
+
+
+def _warn_of_misfit(config: Any, tokenizer: Any) -> None:
+    """Say what shows that ``tokenizer`` is another model's: its padding, or words that have no row."""
+    padding, own = (getattr(x, "pad_token_id", None) for x in (tokenizer, config))
+    if None not in (padding, own) and padding != own:
+        found = f"pads with {padding} and the model with {own}"
+    elif hasattr(tokenizer, "__len__") and len(tokenizer) > config.vocab_size:
+        found = f"has {len(tokenizer)} tokens and the model {config.vocab_size}"
+    else:
+        return
+    logger.warning("the tokenizer %s: pass the model's own as tokenizer=", found)
 
 
 def _first_id(sources: list[Any], names: tuple[str, ...]) -> int | None:

@@ -1,7 +1,8 @@
-"""PEFT: prefixes are refused, prompts are told of, saved modules are the ones in use."""
+"""PEFT: adapters are trained, saved, switched, merged and taken away; what it cannot do is said."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import (
+    IA3Config,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -24,9 +26,86 @@ SETTINGS: dict[str, Any] = {"block_size": 8, "sparse_block_size": 8, "max_positi
 IDS = ids_like(right_padded(60, 41), "bert")
 
 
+SHORT = ids_like(right_padded(16), "bert")
+# as it is made, the adapter of neither does anything
+ADAPTERS = {
+    "lora": LoraConfig(target_modules=["query", "value"]),
+    "ia3": IA3Config(
+        target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]
+    ),
+}
+adapters = pytest.mark.parametrize("kind", ADAPTERS)
+
+
+def classifier() -> Any:
+    return tiny_model("bert", transformers.BertForSequenceClassification)
+
+
 def patched_classifier(**settings: Any) -> Any:
-    model = tiny_model("bert", transformers.BertForSequenceClassification)
-    return lsg_patch.patch_model(model, **{**SETTINGS, **settings})
+    return lsg_patch.patch_model(classifier(), **{**SETTINGS, **settings})
+
+
+def train(model: Any) -> None:
+    """Learns the labels of IDS with what may be trained, which is the active adapter."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.Adam(parameters, lr=3e-2), []
+    for _ in range(5):
+        losses.append(model(IDS, labels=torch.tensor([0, 1])).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@adapters
+def test_an_adapter_is_trained_saved_merged_and_taken_away(kind: str, tmp_path: Path) -> None:
+    base = patched_classifier()(IDS).logits
+    model = get_peft_model(patched_classifier(), ADAPTERS[kind]).eval()
+    assert torch.equal(model(IDS).logits, base)
+    train(model)
+    long, short = model(IDS).logits, model(SHORT).logits
+    assert (long - base).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(patched_classifier(), tmp_path).eval()
+    assert torch.equal(loaded(IDS).logits, long)
+    # what was learned with long texts goes with the unpatched model as well
+    merged = PeftModel.from_pretrained(classifier(), tmp_path).eval().merge_and_unload()
+    torch.testing.assert_close(merged(SHORT).logits, short, rtol=0, atol=1e-5)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, long, rtol=0, atol=1e-5)
+    lsg_patch.unpatch_model(merged)
+    torch.testing.assert_close(merged(SHORT).logits, short, rtol=0, atol=1e-5)
+    bare = model.unload()
+    assert torch.equal(bare(IDS).logits, base)
+    assert torch.equal(lsg_patch.unpatch_model(bare)(SHORT).logits, classifier()(SHORT).logits)
+
+
+def test_two_adapters_are_switched() -> None:
+    """LoRA and IA3 do not go together in PEFT: two of LoRA, also with the global tokens of each."""
+    config = LoraConfig(target_modules=["query"], modules_to_save=["global_embeddings"])
+    model = get_peft_model(patched_classifier(), config, adapter_name="first").eval()
+    base = model(IDS).logits
+    model.add_adapter("second", config)
+    found = {}
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        assert torch.equal(model(IDS).logits, base)
+        found[name] = lsg_patch.global_embeddings(model)
+        with torch.no_grad():
+            found[name].mul_(2 if name == "first" else -1)
+        train(model)
+    assert found["first"] is not found["second"]
+    outputs = {}
+    for name in ("first", "second", "first"):
+        model.set_adapter(name)
+        assert lsg_patch.global_embeddings(model) is found[name]
+        assert torch.equal(outputs.setdefault(name, model(IDS).logits), model(IDS).logits)
+    assert (outputs["first"] - outputs["second"]).abs().max() > 1e-2
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, base)
+    lsg_patch.unpatch_model(model)
+    with model.disable_adapter():
+        assert torch.equal(model(SHORT).logits, classifier()(SHORT).logits)
 
 
 @pytest.mark.parametrize("mask", [None, right_padded(60, 41)], ids=["no mask", "mask"])
@@ -91,3 +170,14 @@ def test_an_adapter_of_global_tokens_that_was_loaded_before_the_patch(tmp_path: 
     patched = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS)
     late = PeftModel.from_pretrained(patched, tmp_path)
     assert (lsg_patch.global_embeddings(late) == 3.0).all()
+
+
+def test_an_adapter_of_another_number_of_global_tokens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LoraConfig(target_modules=["query"], modules_to_save=["global_embeddings"])
+    get_peft_model(patched_classifier(num_global_tokens=2), config).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(patched_classifier(), tmp_path)
+    assert "only the first 1 of 2 global tokens are loaded" in caplog.text
+    with pytest.raises(RuntimeError, match=r"global_embeddings.*\[2, 32\].*\[4, 32\]"):
+        PeftModel.from_pretrained(patched_classifier(num_global_tokens=4), tmp_path)
