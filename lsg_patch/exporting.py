@@ -39,7 +39,7 @@ class Exported(NamedTuple):
     least_cosine: float | None = None
 
 
-class _Outputs(nn.Module):
+class Outputs(nn.Module):
     """A model as an exporter wants it: tensors in, tensors out."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -110,27 +110,12 @@ def export_onnx(
     _package("onnx"), _package("onnxscript")
     has_types = family.token_types is not None and stated.type_vocab_size > 1
     names = ["input_ids", "attention_mask", "token_type_ids"][: 2 + has_types]
-    size = {
-        0: torch.export.Dim("batch"),
-        1: torch.export.Dim("length", max=config.max_position_embeddings),
-    }
     with _ready(target) as module, tempfile.TemporaryDirectory(dir=out.parent) as folder:
         examples = list(_examples(config, stated, names, next(module.parameters()).device))
         made = str(Path(folder) / out.name)
         with torch.no_grad():
             expected = [module(*example) for example in examples]
-            torch.onnx.export(
-                module,
-                examples[0],
-                made,
-                dynamo=True,
-                opset_version=opset,
-                input_names=names,
-                output_names=module.names,
-                dynamic_shapes=(tuple(size for _ in names),),
-                external_data=sum(x.nbytes for x in target.parameters()) > ONE_FILE,
-                verbose=False,
-            )
+        write(module, made, examples[0], names, config.max_position_embeddings, opset)
         found = _run(runtime, made, names, examples)
         difference, scale = 0.0, 0.0
         for (_, mask, *_), ours, theirs in zip(examples, found, expected, strict=True):
@@ -189,11 +174,37 @@ def export_checkpoint(
     return export_onnx(model.float(), out, **options)
 
 
+def write(
+    module: Outputs,
+    path: str,
+    example: tuple[Tensor, ...],
+    names: list[str],
+    most: int,
+    opset: int | None = None,
+) -> None:
+    """One program for all batch sizes, and lengths up to ``most`` tokens, recorded with an ``example``."""
+    size = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=most)}
+    with torch.no_grad():
+        module(*example)  # it knows the names of its outputs then
+        torch.onnx.export(
+            module,
+            example,
+            path,
+            dynamo=True,
+            opset_version=opset,
+            input_names=names,
+            output_names=module.names,
+            dynamic_shapes=(tuple(size for _ in names),),
+            external_data=sum(x.nbytes for x in module.parameters()) > ONE_FILE,
+            verbose=False,
+        )
+
+
 @contextmanager
-def _ready(model: nn.Module) -> Iterator[_Outputs]:
+def _ready(model: nn.Module) -> Iterator[Outputs]:
     was_training = model.training
     try:
-        yield _Outputs(model.eval())
+        yield Outputs(model.eval())
     finally:
         model.train(was_training)
 
