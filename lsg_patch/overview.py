@@ -53,7 +53,8 @@ def overview(
     they are kept (unfused attention). Operations are those of linear layers and of attention.
 
     Raises:
-        As ``patch_model``.
+        ValueError: as ``patch_model``.
+        TypeError: as ``patch_model``.
     """
     base, family = find_base(module_of(model))
     of_model: Any = base.config

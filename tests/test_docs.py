@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import lsg_patch
 from lsg_patch import cli
 from lsg_patch.families import table
 
@@ -63,9 +65,13 @@ def test_the_table_of_families_is_that_of_the_registry() -> None:
     assert listed.strip() == table.as_markdown()
 
 
-def test_every_public_name_is_in_the_api() -> None:
-    import lsg_patch
+def test_every_argument_is_in_the_table() -> None:
+    arguments = set(inspect.signature(lsg_patch.patch_model).parameters) - {"model"}
+    page = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    assert arguments <= set(re.findall(r"`(\w+)`", page))
 
+
+def test_every_public_name_is_in_the_api() -> None:
     listed = re.findall(
         r"^::: lsg_patch\.(\w+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE
     )
