@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lsg_patch.attention import lsg_attention
 from lsg_patch.config import LSGConfig
+from lsg_patch.costs import scores
 from lsg_patch.families import find_base, find_modules
 from lsg_patch.holders import Holder, module_of
-from lsg_patch.overview import scores
 from lsg_patch.patching import get_config
 
 # what a query and a key are to each other, by the number in a pattern

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +16,7 @@ from lsg_patch import cli
 from lsg_patch.families import table
 
 DOCS = Path(__file__).parent.parent / "docs"
+NOTEBOOK = DOCS.parent / "examples" / "long_documents.ipynb"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -46,6 +48,24 @@ def test_the_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
                     assert line == "pip install lsg-patch"
         else:
             assert language in ("text", "markdown")
+
+
+def test_the_notebook_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="tox -e py311-tf5230 has it").use("Agg")
+    from lsg_patch.demo import bundled_model
+
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    session: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"])
+            own = code.replace('"bert-base-uncased"', repr(str(bundled_model())))
+            exec(compile(own, NOTEBOOK.name, "exec"), session)
+    told = capsys.readouterr().out
+    assert "bit for bit: True" in told and "reverted: True" in told
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])

@@ -10,7 +10,7 @@ import torch
 import lsg_patch
 from lsg_patch import LSGConfig
 from lsg_patch.attention import SPARSITY_TYPES, draw_projections, projection_shapes
-from lsg_patch.overview import scores
+from lsg_patch.costs import scores
 from lsg_patch.plots import COLOURS, HEAD_SIZE, HEADS, KINDS, pattern
 from tests.models import tiny_model
 from tests.oracle import oracle_attention
