@@ -84,6 +84,5 @@ def _files(model: torch.nn.Module, place: Path) -> dict[str, Path]:
         NAMES,
         config.max_position_embeddings,
     )
-    quantization: Any = import_module("onnxruntime.quantization")
-    quantization.quantize_dynamic(str(files["float32"]), str(files["int8"]), per_channel=True)
+    exporting.quantize(str(files["float32"]), str(files["int8"]))
     return files

@@ -131,7 +131,7 @@ def export_onnx(
         done = Exported(out, difference)
         if int8:
             quantized = str(Path(folder) / small.name)
-            _package("onnxruntime.quantization").quantize_dynamic(made, quantized, per_channel=True)
+            quantize(made, quantized)
             cosines = torch.cat(
                 [
                     torch.cosine_similarity(a[0].flatten(1), b[0].flatten(1))
@@ -198,6 +198,13 @@ def write(
             external_data=sum(x.nbytes for x in module.parameters()) > ONE_FILE,
             verbose=False,
         )
+
+
+def quantize(path: str, out: str) -> None:
+    """Write the model in ``path`` with weights of 8 bits, as numbers without a sign: the most exact here."""
+    quantization = _package("onnxruntime.quantization")
+    kind = quantization.QuantType.QUInt8
+    quantization.quantize_dynamic(path, out, per_channel=True, weight_type=kind)
 
 
 @contextmanager
