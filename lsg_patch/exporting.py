@@ -201,7 +201,7 @@ def write(
 
 
 def quantize(path: str, out: str) -> None:
-    """Write the model in ``path`` with weights of 8 bits, as numbers without a sign: the most exact here."""
+    """Write the model in ``path`` with weights of 8 bits without a sign, the most exact kind here."""
     quantization = _package("onnxruntime.quantization")
     kind = quantization.QuantType.QUInt8
     quantization.quantize_dynamic(path, out, per_channel=True, weight_type=kind)
