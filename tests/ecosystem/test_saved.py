@@ -64,6 +64,13 @@ def trained(model: Any) -> Any:
     return model
 
 
+def logits_of(model: Any) -> torch.Tensor:
+    """Without gradients, so that all of them are computed in one way."""
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(IDS).logits
+    return found
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A patched classifier, with its tokenizer."""
@@ -123,15 +130,15 @@ def test_cross_encoder(saved: Path, tmp_path: Path) -> None:
 def test_an_adapter_whose_base_was_saved_patched(saved: Path, tmp_path: Path) -> None:
     lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
     model = get_peft_model(lsg_patch.from_pretrained(saved), lora).eval()
-    expected = model(IDS).logits
+    expected = logits_of(model)
     model.save_pretrained(tmp_path / "adapter")
     with lsg_patch.auto_patching():
         again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
         base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(again.eval()(IDS).logits, expected)
+    assert torch.equal(logits_of(again), expected)
     assert lsg_patch.is_patched(base)
     onto = PeftModel.from_pretrained(lsg_patch.from_pretrained(saved), tmp_path / "adapter")
-    assert torch.equal(onto.eval()(IDS).logits, expected)
+    assert torch.equal(logits_of(onto), expected)
 
 
 def trainer(model: Any, folder: Path, **more: Any) -> transformers.Trainer:
@@ -192,7 +199,7 @@ def test_trainer_loads_the_best_model(saved: Path, tmp_path: Path, auto: bool) -
         lsg_patch.disable_auto_patching()
     best = lsg_patch.from_pretrained(run.state.best_model_checkpoint)
     assert lsg_patch.is_patched(run.model)
-    assert torch.equal(run.model.eval()(IDS).logits, best(IDS).logits)
+    assert torch.equal(logits_of(run.model), logits_of(best))
 
 
 def test_sentence_transformer_trainer(saved: Path, tmp_path: Path) -> None:
@@ -256,7 +263,6 @@ PARTS = {
 )
 def test_device_map(saved: Path, tmp_path: Path, places: Any) -> None:
     """Global tokens come to where the model's words are looked up, offloaded ones too."""
-    expected = lsg_patch.from_pretrained(saved)(IDS).logits
+    expected = logits_of(lsg_patch.from_pretrained(saved))
     loaded = lsg_patch.from_pretrained(saved, device_map=places, offload_folder=tmp_path / "off")
-    with torch.no_grad():
-        assert torch.equal(loaded(IDS).logits, expected)
+    assert torch.equal(logits_of(loaded), expected)
