@@ -54,7 +54,7 @@ def check_backend(name: str) -> None:
     Raises:
         ValueError: there is none, or this torch lacks what it needs.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
     reason = flex.missing() if name == "flex" else None
     if reason is not None:

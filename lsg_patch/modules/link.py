@@ -27,8 +27,7 @@ def others_with(value: Any, attribute: str, known: Sequence[nn.Module]) -> list[
     """The modules besides the ``known`` ones, wherever they are, that have ``value`` in their
     ``_parameters`` or ``_modules``, as ``attribute`` says.
     """
-    found = _holders(value, attribute, known)
-    if not found:
+    if not _holders(value, attribute, known):
         return []
     gc.collect()  # they may be gone
     return _holders(value, attribute, known)

@@ -112,7 +112,10 @@ def test_pooling_with_the_references_denominators(
     def pooling(inputs: sparsity.SelectionInputs) -> Keys:
         means = own(inputs)
         factor = inputs.geometry.sparsity_factor
-        count = inputs.tokens.mask.unflatten(2, (-1, factor)).double().sum(-1)[..., None]
+        mask = inputs.tokens.mask
+        missing = -mask.shape[2] % inputs.geometry.block_size
+        mask = torch.nn.functional.pad(mask, (0, missing))
+        count = mask.unflatten(2, (-1, factor)).double().sum(-1)[..., None]
         ratio = count / (count + 1e-6)
         return means._replace(key=means.key * ratio, value=means.value * ratio)
 
