@@ -11,10 +11,8 @@ from lsg_patch.attention.backends.pieces import Piece, cache_bytes, pieces, runs
 from lsg_patch.attention.blocks import Blocks
 from lsg_patch.attention.compiling import is_compiling
 
-# without AVX512 the fused attention is faster than products of whole matrices, but not with a mask
-PRODUCTS_ARE_FASTER = (
-    torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
+# products of whole matrices need a fast library; with it, training and inference have the same bits
+HAS_BLAS = torch.backends.mkl.is_available()
 
 
 def block_attention(blocks: Blocks) -> Tensor:
@@ -23,7 +21,7 @@ def block_attention(blocks: Blocks) -> Tensor:
         return _at_once(blocks)
     # a checkpoint runs the forward without a gradient and then with one: dropout is to be the same
     trains = blocks.needs_grad or blocks.dropout_p > 0
-    by_products = trains or PRODUCTS_ARE_FASTER or blocks.geometry.is_causal
+    by_products = trains or HAS_BLAS or blocks.geometry.is_causal
     if by_products and products.can_run(blocks):
         return products.block_attention(blocks)
     if blocks.needs_grad:
