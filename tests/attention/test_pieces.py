@@ -73,7 +73,7 @@ def test_the_size_of_pieces_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From one block of a head to the whole batch, forward and backward."""
-    monkeypatch.setattr(sdpa, "PRODUCTS_ARE_FASTER", by_products)
+    monkeypatch.setattr(sdpa, "HAS_BLAS", by_products)
     tensors = [x.requires_grad_() for x in inputs(90, torch.float64, batch=5)]
     settings: dict[str, Any] = {"is_causal": is_causal}
     if masked:
@@ -113,7 +113,7 @@ class Count(TorchDispatchMode):
 def test_rows_that_are_small_are_taken_together(
     by_products: bool, dtype: torch.dtype, trains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sdpa, "PRODUCTS_ARE_FASTER", by_products)
+    monkeypatch.setattr(sdpa, "HAS_BLAS", by_products)
 
     def operations(batch: int) -> int:
         tensors = [x.requires_grad_(trains) for x in inputs(40, dtype, batch)]
@@ -164,7 +164,7 @@ def test_by_products_and_by_fused_attention_the_result_is_the_same(
     tensors = inputs()
     results = []
     for by_products in (True, False):
-        monkeypatch.setattr(sdpa, "PRODUCTS_ARE_FASTER", by_products)
+        monkeypatch.setattr(sdpa, "HAS_BLAS", by_products)
         results.append(attend(*tensors))
     torch.testing.assert_close(*results, rtol=0, atol=1e-5)
     # two ways, and not one way twice
