@@ -28,14 +28,14 @@ from tests.oracle import oracle_attention
 TYPES = ["norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"]
 BATCH, HEADS, HEAD_DIM = 2, 4, 8  # the heads of the tiny models as well
 COMPILER = os.environ.get("CXX", "g++")
-compiles = pytest.mark.skipif(  # a machine may lack what compiling takes; named in the reason
+compiles = pytest.mark.skipif(  # reason: a machine may lack a new torch, a C++ compiler or AVX2
     flex.missing() is not None
     or shutil.which(COMPILER) is None
     or torch.backends.cpu.get_cpu_capability() == "DEFAULT",
     reason="FlexAttention on a CPU needs a torch that has it, a C++ compiler and AVX2",
 )
-# torch before 2.5 has none, which missing() says
-has_flex = pytest.mark.skipif(flex.missing() is not None, reason=str(flex.missing()))
+NO_FLEX = flex.missing()  # in words, such as that torch before 2.5 has none
+has_flex = pytest.mark.skipif(NO_FLEX is not None, reason=f"flex cannot run here: {NO_FLEX}")
 
 
 def _inputs(rows: int, head_dim: int = HEAD_DIM, batch: int = BATCH, seed: int = 0) -> list[Tensor]:

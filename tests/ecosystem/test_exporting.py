@@ -16,7 +16,7 @@ SETTINGS: dict[str, Any] = {"block_size": 8, "sparse_block_size": 8, "max_positi
 # on both sides of two blocks, whole blocks and others, and one token
 LENGTHS = (1, 9, 16, 17, 24, 100)
 masked = pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
-can_export = pytest.mark.skipif(  # an older torch does not say that it exports
+can_export = pytest.mark.skipif(  # reason: torch before 2.7 does not say that it exports
     not hasattr(torch.compiler, "is_exporting"), reason="torch.export of all sizes needs torch 2.7"
 )
 Run = Callable[[Tensor, Tensor | None], Tensor]

@@ -81,7 +81,7 @@ def test_one_line_makes_it_read_long_texts(cls: str, head: str, call: str, tmp_p
         assert_bitwise(values(clone), own)
 
 
-@pytest.mark.skipif(
+@pytest.mark.skipif(  # reason: sentence-transformers before 6.0 has no such length
     "document_length" not in inspect.signature(modules.Transformer).parameters,
     reason="this sentence-transformers has no length of documents (before 6.0)",
 )
