@@ -253,7 +253,7 @@ PARTS = {
         PARTS,
         pytest.param(
             {"": "disk"},
-            marks=pytest.mark.skipif(  # reason: 4.x fails while it loads the weights, unpatched too
+            marks=pytest.mark.skipif(  # reason: 4.x fails while it loads the weights
                 transformers.__version__ < "5",
                 reason="transformers 4.x loads no whole model to disk",
             ),
