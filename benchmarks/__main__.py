@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.comparisons import COMPARISONS, QUICK, Comparison, Options
-from benchmarks.harness import Record, Rounds, render
+from benchmarks.comparisons import COMPARISONS, QUICK, Comparison
+from benchmarks.harness import Options, Record, Rounds, render
 from benchmarks.models import SELECTIONS
 from benchmarks.store import conditions, merge
 

@@ -15,34 +15,18 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.bars import BUDGETS, bar
-from benchmarks.harness import Record, Rounds, Side, Spread, records_of, time_sides
-from benchmarks.models import SELECTIONS, bert, inputs, padded, patched_copy
+from benchmarks.harness import Options, Record, Rounds, Side, Spread, records_of, time_sides
+from benchmarks.models import SELECTIONS, bert, inputs, padded, patched_copy, run
 from benchmarks.peers import available, leave_out, local_attention, sentence_transformer, texts_of
+from benchmarks.serving import compiled, onnx
 from lsg_patch import lsg_attention, patch_model, unpatch_model
 from lsg_patch.memory import peak_memory
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a comparison is to measure."""
-
-    lengths: tuple[int, ...]
-    selections: tuple[str, ...] = ("norm",)
-    layers: int = 2
-    rounds: Rounds = field(default_factory=Rounds)
-    clock: Callable[[], float] = time.perf_counter
-
-
-@torch.inference_mode()
-def _run(model: torch.nn.Module, *batches: dict[str, Any]) -> None:
-    for batch in batches:
-        model(**batch)
 
 
 def _peak(model: torch.nn.Module, batch: dict[str, Any]) -> float:
     """MiB that a forward needs at its peak, beyond weights and input."""
     with peak_memory() as used:
-        _run(model, batch)
+        run(model, batch)
     return used.peak_bytes / 2**20
 
 
@@ -52,7 +36,7 @@ def forward(options: Options) -> Iterator[list[Record]]:
     models = {"full (sdpa)": base} | {s: patched_copy(base, s) for s in options.selections}
     for length in options.lengths:
         batch = inputs(length)
-        sides = [Side(name, partial(_run, model, batch)) for name, model in models.items()]
+        sides = [Side(name, partial(run, model, batch)) for name, model in models.items()]
         seconds = time_sides(sides, options.rounds, options.clock)
         yield records_of("forward", f"{length} tokens", sides, seconds, bar)
 
@@ -80,8 +64,8 @@ def growth(options: Options) -> Iterator[list[Record]]:
         model = patched_copy(base, selection)
         many, one = [inputs(short)] * (long // short), inputs(long)
         sides = [
-            Side(f"{len(many)} of {short}", partial(_run, model, *many)),
-            Side(f"1 of {long}", partial(_run, model, one)),
+            Side(f"{len(many)} of {short}", partial(run, model, *many)),
+            Side(f"1 of {long}", partial(run, model, one)),
         ]
         case = f"{short} to {long} tokens, {selection}"
         seconds = time_sides(sides, options.rounds, options.clock)
@@ -106,9 +90,9 @@ def ragged(options: Options) -> Iterator[list[Record]]:
         model = patched_copy(base, selection)
         batch = padded(texts)
         sides = [
-            Side("one by one", partial(_run, model, *texts)),
-            Side("by default", partial(_run, model, batch)),
-            Side("unpad=False", partial(_run, patched_copy(base, selection, unpad=False), batch)),
+            Side("one by one", partial(run, model, *texts)),
+            Side("by default", partial(run, model, batch)),
+            Side("unpad=False", partial(run, patched_copy(base, selection, unpad=False), batch)),
         ]
         seconds = time_sides(sides, options.rounds, options.clock)
         case = f"8 of {short} to {long} tokens, {selection}"
@@ -168,7 +152,7 @@ def peers(options: Options) -> Iterator[list[Record]]:
         models |= {name: patched_copy(base, name) for name in options.selections}
         models |= {name: make(options.layers, length) for name, make in others.items()}
         batch, case = inputs(length), f"{length} tokens"
-        sides = [Side(name, partial(_run, model, batch)) for name, model in models.items()]
+        sides = [Side(name, partial(run, model, batch)) for name, model in models.items()]
         seconds = time_sides(sides, options.rounds, options.clock)
         yield records_of("peers", case, sides, seconds, bar)
         peaks = {name: _peak(model, batch) for name, model in models.items()}
@@ -273,7 +257,7 @@ def gpu(options: Options) -> Iterator[list[Record]]:
         base = bert(options.layers, length).to(GPU, torch.bfloat16)
         models = {"full (sdpa)": base} | {s: patched_copy(base, s) for s in options.selections}
         batch = {name: x.to(GPU) for name, x in inputs(length).items()}
-        for what, step, trains in (("forward", _run, False), ("training step", _train, True)):
+        for what, step, trains in (("forward", run, False), ("training step", _train, True)):
             case = f"{length} tokens, {what}"
             sides = [
                 Side(name, partial(_finished, step, model.train(trains), batch))
@@ -355,6 +339,8 @@ COMPARISONS = {
     "small": Comparison(small, 0.3, (), ()),
     "train": Comparison(train, 2, (4096,), rounds=FEW),
     "growth": Comparison(growth, 5, (8192, 65536), rounds=FEW),
+    "compile": Comparison(compiled, 8, (512, 1024, 4096, 8192), rounds=FEW),
+    "onnx": Comparison(onnx, 8, (512, 2048, 4096), rounds=FEW),
     "peers": Comparison(peers, 4, (512, 1024, 2048, 4096), rounds=FEW),
     "gpu": Comparison(gpu, 5, (4096, 16384, 65536), layers=12),
     "regression": Comparison(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 
@@ -66,6 +66,17 @@ class Rounds:
     def after(self, warm_up: float) -> int:
         """Number of rounds when one of them takes `warm_up` seconds."""
         return max(self.least, min(self.most, math.ceil(self.seconds / max(warm_up, 1e-9))))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a comparison is to measure."""
+
+    lengths: tuple[int, ...]
+    selections: tuple[str, ...] = ("norm",)
+    layers: int = 2
+    rounds: Rounds = field(default_factory=Rounds)
+    clock: Callable[[], float] = time.perf_counter
 
 
 def time_sides(

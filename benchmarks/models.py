@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,3 +56,9 @@ def padded(texts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {
         name: pad_sequence([text[name][0] for text in texts], batch_first=True) for name in texts[0]
     }
+
+
+@torch.inference_mode()
+def run(model: torch.nn.Module, *batches: dict[str, Any]) -> None:
+    for batch in batches:
+        model(**batch)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from lsg_patch.chunking import Chunks, chunk_embeddings
     from lsg_patch.config import LSGConfig
     from lsg_patch.conversion import convert
+    from lsg_patch.costs import overview
     from lsg_patch.exporting import export_onnx
     from lsg_patch.families import AttentionNames, Family, Rotary, register_family
-    from lsg_patch.overview import overview
     from lsg_patch.patching import (
         freeze_except,
         freeze_except_global,
@@ -76,7 +76,7 @@ _ROOMS = {
     "conversion": ("convert",),
     "exporting": ("export_onnx",),
     "families": ("AttentionNames", "Family", "Rotary", "register_family"),
-    "overview": ("overview",),
+    "costs": ("overview",),
     "plots": ("plot_cost", "plot_pattern"),
     "patching": (
         "freeze_except",

@@ -149,7 +149,7 @@ def inspect_model(
 ) -> None:
     """Say what a patch would change in a model, and from which length it pays."""
     from lsg_patch.config import LSGConfig
-    from lsg_patch.overview import overview
+    from lsg_patch.costs import overview
 
     config = LSGConfig(max_position_embeddings=max_length, **settings)
     found = overview(*_load(model), config)
@@ -290,7 +290,7 @@ def bench(
 ) -> None:
     """Time a model's forward with LSG attention against full attention, on this machine."""
     from lsg_patch.config import LSGConfig
-    from lsg_patch.overview import time_forwards
+    from lsg_patch.costs import time_forwards
 
     lengths = length or [512, 1024, 2048, 4096]
     config = LSGConfig(max_position_embeddings=max(lengths), **settings)

@@ -15,6 +15,7 @@ from lsg_patch import compat
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family, Rotary, find_modules
 from lsg_patch.modules.global_embeddings import global_positions, initial_rows
+from lsg_patch.modules.link import others_with
 from lsg_patch.modules.position_table import PositionsResized, shared_with, unlike_a_table
 from lsg_patch.modules.swapped import hidden_forward
 from lsg_patch.offloading import device_of, kept_as_a_whole, value_of
@@ -223,7 +224,7 @@ def _locate(
         first_token_rest=torch.stack(known).sum(0) if known else None,
         offset=offset,
         config_offset=offset if family.config_counts_offset else 0,
-        configs=configs_around(model, base),
+        configs=configs_around(model, base) | _configs_beside(model, base),
         num_layers=getattr(base.config, "num_hidden_layers", len(attentions)),
         chunked=[module for module in stack.modules() if getattr(module, CHUNK, 0)],
         decoder=_find(base, family.decoder) if family.decoder else None,
@@ -397,12 +398,28 @@ def configs_around(model: nn.Module, base: nn.Module) -> dict[str, Any]:
     modules around it in ``model`` that are of its kind. Mostly they are one and the same object.
     """
     path = next(name for name, module in model.named_modules() if module is base)
+    names = ("", *accumulate(path.split("."), "{}.{}".format))
+    return _configs_of(
+        base, {f"model.{name}".rstrip("."): model.get_submodule(name) for name in names}
+    )
+
+
+def _configs_beside(model: nn.Module, base: nn.Module) -> dict[str, Any]:
+    """Those of other models that hold ``base`` as well: two heads may have one encoder."""
+    others = others_with(base, "_modules", list(model.modules()))
+    return _configs_of(
+        base, {f"(a {type(other).__name__} that has the encoder too)": other for other in others}
+    )
+
+
+def _configs_of(base: nn.Module, owners: dict[str, nn.Module]) -> dict[str, Any]:
+    """The different configs of the kind of that of ``base``, by where they are."""
     found: dict[str, Any] = {}
-    for name in ("", *accumulate(path.split("."), "{}.{}".format)):
-        config = getattr(model.get_submodule(name), "config", None)
+    for name, owner in owners.items():
+        config = getattr(owner, "config", None)
         known = any(config is other for other in found.values())
         if type(config) is type(base.config) and not known:
-            found[f"model.{name}.config" if name else "model.config"] = config
+            found[f"{name}.config"] = config
     return found
 
 

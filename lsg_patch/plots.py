@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lsg_patch.attention import lsg_attention
 from lsg_patch.config import LSGConfig
+from lsg_patch.costs import scores
 from lsg_patch.families import find_base, find_modules
 from lsg_patch.holders import Holder, module_of
-from lsg_patch.overview import scores
 from lsg_patch.patching import get_config
 
 # what a query and a key are to each other, by the number in a pattern
-KINDS = ("not seen", "local", "sparse", "global", "padding")
+KINDS = ("not seen", "local", "sparse", "global", "hidden")
 COLOURS = ("#f4f4f4", "#4c72b0", "#dd8452", "#55a868", "#bdbdbd")
 HEADS, HEAD_SIZE = 4, 32  # of attention over random numbers
 
@@ -59,7 +59,7 @@ def pattern(
     found[seen] = KINDS.index("sparse")
     found[seen & near] = KINDS.index("local")
     found[seen & ((block < 0) | (block < 0)[:, None])] = KINDS.index("global")
-    found[num_global + length :] = found[:, num_global + length :] = KINDS.index("padding")
+    found[:, ~seen.any(0)] = KINDS.index("hidden")  # the first token, where a global one stands in
     return found
 
 

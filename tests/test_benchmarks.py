@@ -14,11 +14,12 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import comparisons, peers, store
+from benchmarks import comparisons, peers, serving, store
 from benchmarks.__main__ import main
 from benchmarks.bars import BARS, bar
 from benchmarks.comparisons import COMPARISONS, QUICK, Comparison
 from benchmarks.harness import Record, Rounds, Side, Spread, records_of, render, time_sides
+from lsg_patch import exporting
 
 
 class Clock:
@@ -185,13 +186,13 @@ def test_ragged_batches_hold_the_tokens_of_their_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens: list[list[int]] = []
-    run = comparisons._run
+    run = comparisons.run
 
     def counting(model: torch.nn.Module, *batches: dict[str, torch.Tensor]) -> None:
         tokens.append([int(n) for batch in batches for n in batch["attention_mask"].sum(1)])
         run(model, *batches)
 
-    monkeypatch.setattr(comparisons, "_run", counting)
+    monkeypatch.setattr(comparisons, "run", counting)
     (records,) = measured(tmp_path, "ragged", "--lengths", "20", "300").values()
     assert [r["side"] for r in records] == ["one by one", "by default", "unpad=False"]
     assert all(lengths == [20, 60, 100, 140, 180, 220, 260, 300] for lengths in tokens)
@@ -202,6 +203,26 @@ def test_training_is_held_to_each_reference(tmp_path: Path) -> None:
     assert {case: [r["side"] for r in records] for case, records in cases.items()} == {
         f"64 tokens, to {name}": [name, "norm"] for name in ("full (sdpa)", "BigBird", "Longformer")
     }
+
+
+def test_eager_and_compiled_models_are_measured_in_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "BACKEND", "eager")  # inductor takes minutes
+    cases = measured(tmp_path, "compile", "--lengths", "64", "300")
+    assert {case: [r["side"] for r in records] for case, records in cases.items()} == {
+        f"{length} tokens, to full (sdpa){kind}": [f"full (sdpa){kind}", f"norm{kind}"]
+        for length in (64, 300)
+        for kind in ("", ", compiled")
+    }
+
+
+def test_onnx_is_left_out_where_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exporting, "PACKAGES", ("torch", "not_there"))
+    assert main(["onnx", "--json", str(tmp_path / "results.json")]) == 0
+    assert "onnx is left out: not_there is not installed" in capsys.readouterr().err
 
 
 def test_peers_are_measured_in_time_and_memory_and_drawn(

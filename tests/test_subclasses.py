@@ -279,3 +279,36 @@ def test_a_forward_in_which_nothing_is_found_is_refused() -> None:
         lsg_patch.patch_model(model, **SETTINGS)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert not lsg_patch.is_patched(model)
+
+
+class TestTwoHeadsOnOneEncoder:
+    @staticmethod
+    def heads() -> tuple[Any, Any]:
+        first = tiny_model("bert", transformers.BertForSequenceClassification)
+        other = tiny_model("bert", transformers.BertForMaskedLM)
+        other.bert = first.bert
+        assert other.config is not first.config
+        return first, other
+
+    def test_both_configs_state_the_length(self) -> None:
+        first, other = self.heads()
+        states = [copy.deepcopy(vars(head.config)) for head in (first, other)]
+        lsg_patch.patch_model(first, **SETTINGS)
+        for head in (first, other):
+            assert head.config.max_position_embeddings == 160
+            assert head.config.lsg_patch == first.config.lsg_patch
+        lsg_patch.unpatch_model(other)
+        assert [vars(head.config) for head in (first, other)] == states
+
+    def test_one_that_states_another_length_is_refused(self) -> None:
+        first, other = self.heads()
+        other.config.max_position_embeddings = 77
+        with pytest.raises(ValueError, match=r"BertForMaskedLM .*max_position_embeddings is 77"):
+            lsg_patch.patch_model(first, **SETTINGS)
+        assert not lsg_patch.is_patched(first)
+
+    def test_a_copy_of_one_head_has_no_part_in_the_other(self) -> None:
+        first, other = self.heads()
+        lsg_patch.patch_model(first, **SETTINGS)
+        lsg_patch.unpatch_model(copy.deepcopy(first))
+        assert other.config.max_position_embeddings == first.config.max_position_embeddings == 160

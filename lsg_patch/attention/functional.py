@@ -121,7 +121,9 @@ def lsg_attention(
     ``sparsity_factor`` tokens. Up to ``2 * block_size`` tokens everything sees everything.
 
     Args:
-        query, key, value: (B, H, N, D) with N = num_global_tokens + T, the global rows first.
+        query: (B, H, N, D) with N = num_global_tokens + T, the global rows first.
+        key: of the same shape.
+        value: of the same shape.
         padding_mask: (B, T) over the rows that are not global; True or 1 where a token is seen.
             None: all are seen. What stands in masked rows changes nothing, as long as its scores are
             finite. bos_pooling weighs by the first row's query, which must then be a real token's.
@@ -137,9 +139,10 @@ def lsg_attention(
             more rows than ``query``, those of earlier tokens: (B, H, num_global_tokens
             + P + T, D) and a mask (B, P + T), the queries being the last T; everything before a token
             is seen by it.
-        lsh_num_pre_rounds, lsh_projections, seed: for "lsh": rounds before the last one; the
-            projections of all rounds, (H, D, hashes) each; or the seed that they are drawn from
-            (None is seed 0). The global random state is neither read nor changed.
+        lsh_num_pre_rounds: for "lsh": rounds before the last one.
+        lsh_projections: for "lsh": the projections of all rounds, (H, D, hashes) each.
+        seed: for "lsh": what projections are drawn from that are not given (None is seed 0). The global
+            random state is neither read nor changed.
         choose_by: (B, H, N, D), what norm and lsh choose tokens by in place of the keys, such as keys
             before they were turned by their positions. None: the keys.
         dropout_p: of the attention probabilities.

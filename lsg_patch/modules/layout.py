@@ -147,7 +147,7 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
     if is_exporting():  # two blocks at least, so that no size is taken for a constant 1
         room = (length + 2 * config.block_size - 1) // config.block_size * config.block_size
     else:
-        room = geometry.padded(length)
+        room = length
     slots = torch.arange(room - stood_in, device=device)
     return Placement(first, _around(slots + first + stood_in, length), stood_in, turned)
 
@@ -228,10 +228,8 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
     for row, own in enumerate(lengths):
         alike.setdefault(geometry.num_blocks(own), []).append(row)
     longest = {blocks: max(lengths[row] for row in of) for blocks, of in alike.items()}
-    needed = sum(
-        len(of) * (num_global + geometry.padded(longest[blocks])) for blocks, of in alike.items()
-    )
-    whole = rows * (num_global + geometry.padded(length))
+    needed = sum(len(of) * (num_global + longest[blocks]) for blocks, of in alike.items())
+    whole = rows * (num_global + length)
     if needed >= (whole if config.unpad else WORTH_PACKING * whole):
         return None
     taken, given_back, batches, start = [], [], [], 0

@@ -1,7 +1,9 @@
-"""How one module of a model finds another that is not its child."""
+"""How a module is found by another that is not its parent, and what holds it or its parameter."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -19,3 +21,27 @@ class Link:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         return Link(memo.get(id(self.module), self.module))
+
+
+def others_with(value: Any, attribute: str, known: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules besides the ``known`` ones, wherever they are, that have ``value`` in their
+    ``_parameters`` or ``_modules``, as ``attribute`` says.
+    """
+    found = _holders(value, attribute, known)
+    if not found:
+        return []
+    gc.collect()  # they may be gone
+    return _holders(value, attribute, known)
+
+
+def _holders(value: Any, attribute: str, known: Sequence[nn.Module]) -> list[nn.Module]:
+    ours = {id(getattr(module, attribute)) for module in known}
+    held = [x for x in gc.get_referrers(value) if type(x) is dict and id(x) not in ours]
+    if not held:
+        return []
+    # a module refers to such a dictionary itself (Python 3.13), or by its attributes
+    owners = gc.get_referrers(*held)
+    attributes = [x for x in owners if type(x) is dict and any(x.get(attribute) is y for y in held)]
+    owners += gc.get_referrers(*attributes) if attributes else []
+    modules = (x for x in owners if issubclass(type(x), nn.Module))
+    return [x for x in modules if any(getattr(x, attribute) is y for y in held)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lsg_patch import offloading
+from lsg_patch.modules.link import others_with
 from lsg_patch.undo import Change, Journal
 
 
@@ -74,25 +74,8 @@ def shared_with(tables: Sequence[nn.Embedding]) -> type[nn.Module] | None:
     lone = references({"weight": nn.Parameter(torch.empty(0))})
     if references(tables[0]._parameters) - lone < len(tables):
         return None  # nobody else refers to it; to look for who does takes a tenth of a second
-    if _owner_besides(tables) is not None:
-        gc.collect()  # it may be gone
-    return _owner_besides(tables)
-
-
-def _owner_besides(tables: Sequence[nn.Embedding]) -> type[nn.Module] | None:
-    ours = [id(table._parameters) for table in tables]
-    referrers = gc.get_referrers(tables[0].weight)
-    held = [x for x in referrers if type(x) is dict and id(x) not in ours]
-    if not held:
-        return None
-    # a module refers to its parameters itself (Python 3.13), or by its attributes
-    owners = gc.get_referrers(*held)
-    attributes = [
-        x for x in owners if type(x) is dict and any(x.get("_parameters") is y for y in held)
-    ]
-    owners += gc.get_referrers(*attributes) if attributes else []
-    modules = (x for x in owners if issubclass(type(x), nn.Module))
-    return next((type(x) for x in modules if any(x._parameters is y for y in held)), None)
+    others = others_with(tables[0].weight, "_parameters", tables)
+    return type(others[0]) if others else None
 
 
 def resize_positions(

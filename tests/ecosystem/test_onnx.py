@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import lsg_patch
+from benchmarks import store
+from benchmarks.__main__ import main as benchmark
 from lsg_patch import cli, exporting
 from lsg_patch.demo import bundled_model, module_text
 from tests.ecosystem.test_exporting import SETTINGS, check, encoder, example_of
@@ -253,3 +255,17 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         lsg_patch.export_onnx(encoder().model, tmp_path / "model.onnx")
     with pytest.raises(ImportError, match=said):
         exporting.export_checkpoint("no/such", tmp_path / "model.onnx")
+
+
+def test_the_benchmark_has_both_models_in_both_kinds(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    argv = ["onnx", "--lengths", "300", "--layers", "1", "--repeats", "1", "--json", str(path)]
+    assert benchmark(argv) == 0
+    sides: dict[str, list[str]] = {}
+    for record in store.read(path):
+        sides.setdefault(record["case"], []).append(record["side"])
+    assert sides == {
+        f"{size} of 300 tokens, to full, {kind}": [f"full, {kind}", f"norm, {kind}"]
+        for size in (1, 8)
+        for kind in ("float32", "int8")
+    }

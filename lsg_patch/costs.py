@@ -30,8 +30,8 @@ def scores(config: LSGConfig, length: int) -> int:
     total = num_global + length
     if length <= geometry.full_length:
         return total * total
-    num_sparse = geometry.num_blocks(length) * geometry.sparse_per_block
-    runs = geometry.runs(range(length), range(num_sparse if geometry.has_sparse else 0))
+    num_sparse = -(-length // geometry.sparsity_factor) if geometry.has_sparse else 0
+    runs = geometry.runs(range(length), range(num_sparse))
     of_tokens = sum(
         run.num_blocks
         * run.num_queries
@@ -53,7 +53,8 @@ def overview(
     they are kept (unfused attention). Operations are those of linear layers and of attention.
 
     Raises:
-        As ``patch_model``.
+        ValueError: as ``patch_model``.
+        TypeError: as ``patch_model``.
     """
     base, family = find_base(module_of(model))
     of_model: Any = base.config
