@@ -6,6 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -68,7 +69,7 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing, or torch is older than 2.7.
         ValueError: the model is not patched, has a decoder, is in training mode or not in float32, a
-            file is there already, its folder is not, or ``opset`` is too old.
+            file is there already, its folder is not, or ``opset`` is too old or not known to onnx.
         RuntimeError: the model cannot be exported, or the file gives other outputs than the model.
 
     After an error nothing is written.
@@ -145,6 +146,7 @@ class Program(nn.Module):
         super().__init__()
         base, family = find_base(model)
         self.model, self.config = model, cast(Any, base).config
+        self.training = model.training
         has_types = family.token_types is not None and self.config.type_vocab_size > 1
         self.inputs = ("input_ids", "attention_mask", "token_type_ids")[: 2 + has_types]
 
@@ -272,6 +274,7 @@ def _require_packages() -> None:
 
 
 def _check(program: Program, places: tuple[Path, ...], opset: int | None, overwrite: bool) -> None:
+    newest = import_module("onnx.defs").onnx_opset_version()
     name, folder = type(program.model).__name__, places[0].parent
     there = [str(place) for place in places if place.exists() and not overwrite]
     is_half = any(x.dtype != torch.float32 for x in program.parameters() if x.is_floating_point())
@@ -281,11 +284,11 @@ def _check(program: Program, places: tuple[Path, ...], opset: int | None, overwr
         (is_half, f"{name} is not in float32: model.float() first"),
         (program.model.training, f"{name} is in training mode: model.eval() first"),
         (
-            opset is not None and opset < OLDEST_OPSET,
-            f"opset={opset} is too old: pass {OLDEST_OPSET} or later, or leave it out",
+            opset is not None and not OLDEST_OPSET <= opset <= newest,
+            f"opset={opset} is none of {OLDEST_OPSET} to {newest}: pass one of these, or leave it out",
         ),
         (not folder.is_dir(), f"there is no folder {str(folder)!r}: make it first"),
-        (there, f"{there[:1]} is there already: name another, or pass overwrite=True"),
+        (there, f"{there and there[0]!r} is there already: name another, or pass overwrite=True"),
     ):
         if wrong:
             raise ValueError(said)
