@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from lsg_patch import exporting
 
 BACKEND = "inductor"  # needs a C++ compiler
 BATCHES = (1, 8)
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-NAMES = ["input_ids", "attention_mask", "token_type_ids"]
 
 
 def compiled(options: Options) -> Iterator[list[Record]]:
@@ -39,26 +37,34 @@ def compiled(options: Options) -> Iterator[list[Record]]:
 
 def onnx(options: Options) -> Iterator[list[Record]]:
     """Time of one forward in onnxruntime, in float32 and int8, against the unpatched model's."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
+    missing = [name for name in exporting.PACKAGES if find_spec(name) is None]
     if missing:
         leave_out("onnx", f"{', '.join(missing)} is not installed (pip install lsg-patch[onnx])")
         return
     base = bert(options.layers, max(options.lengths))
     models: dict[str, Any] = {"full": base}
     models |= {name: patched_copy(base, name) for name in options.selections}
-    runtime: Any = import_module("onnxruntime")
-    sessions: dict[str, Any] = {}
+    runs: dict[str, exporting.Run] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
-            for kind, file in _files(model, Path(folder, name)).items():
-                sessions[f"{name}, {kind}"] = runtime.InferenceSession(str(file))
+            for kind, file in _files(model, Path(folder, name), min(options.lengths)).items():
+                runs[f"{name}, {kind}"] = exporting.opened(file)
     for length in options.lengths:
         for size in BATCHES:
+            # full attention's scores, with the mask and after the softmax, in float32
+            needed = 3 * 4 * size * base.config.num_attention_heads * length**2
+            if 2 * needed > _free_bytes():
+                reason = f"{needed / 2**30:.1f} GiB of scores are over half of the free memory"
+                leave_out(f"onnx, {size} of {length} tokens", reason)
+                continue
             batch = padded([inputs(length)] * size)
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
-            feed = {name: batch[name].numpy() for name in NAMES}
-            calls = {name: partial(x.run, None, feed) for name, x in sessions.items()}
+            calls = {name: partial(of_file, batch) for name, of_file in runs.items()}
             yield from _each_kind("onnx", f"{size} of {length} tokens", calls, options)
+
+
+def _free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _each_kind(
@@ -72,17 +78,9 @@ def _each_kind(
         yield records_of(comparison, of_kind, sides[kind::2], seconds[kind::2], bar)
 
 
-def _files(model: torch.nn.Module, place: Path) -> dict[str, Path]:
-    """An ONNX file in float32 and one in int8."""
+def _files(model: torch.nn.Module, place: Path, length: int) -> dict[str, Path]:
+    """An ONNX file in float32, by an example of ``length`` tokens, and one in int8."""
     files = {kind: place.with_suffix(f".{kind}.onnx") for kind in ("float32", "int8")}
-    mask = torch.ones(2, 400, dtype=torch.long)
-    config: Any = model.config
-    exporting.write(
-        exporting.Outputs(model),
-        str(files["float32"]),
-        (7 * mask, mask, 0 * mask),
-        NAMES,
-        config.max_position_embeddings,
-    )
-    exporting.quantize(str(files["float32"]), str(files["int8"]))
+    exporting.Program(model).write(files["float32"], length)
+    exporting.quantize(files["float32"], files["int8"])
     return files

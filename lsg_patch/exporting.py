@@ -1,14 +1,15 @@
-"""A patched model as ONNX, for all batch sizes and lengths, checked before it is said to be done."""
+"""A patched model as an ONNX file, which onnxruntime compares with the model before it is in place."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,24 @@ from torch import Tensor, nn
 from lsg_patch.checkpoints import from_pretrained, load
 from lsg_patch.config import KEY, LSGConfig
 from lsg_patch.families import find_base
-from lsg_patch.holders import module_of
+from lsg_patch.holders import Holder, module_of
 from lsg_patch.patching import get_config, patch_model
 from lsg_patch.published import is_published
 from lsg_patch.tokenizer import tokenizer_at
 from lsg_patch.weights import Source
 
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OLDEST_OPSET = 18  # of the exporter that makes one program of all sizes
-TOLERANCE = 1e-3  # of the largest output
-ONE_FILE = 2**31 - 2**27  # bytes of weights that a file of ONNX can hold
+LONGEST = 4096  # tokens of the inputs that are compared
+# Of the largest output: of any, and on average. Rounding may choose another of two like sparse tokens.
+FAR, FAR_ON_AVERAGE = 1e-2, 1e-4
+Inputs = dict[str, Tensor]
+Run = Callable[[Inputs], list[Tensor]]
 
 
 class Exported(NamedTuple):
     """What was written. ``difference`` is the largest from the model's outputs; of the int8 file it is
-    the cosine to those of the other file, over all checked inputs (None: there is no such file).
+    the cosine to those of the other file, over all checked texts (None: there is no such file).
     """
 
     path: Path
@@ -39,108 +44,69 @@ class Exported(NamedTuple):
     least_cosine: float | None = None
 
 
-class Outputs(nn.Module):
-    """A model as an exporter wants it: tensors in, tensors out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.names: list[str] = []  # of the outputs, when it has run
-
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        output = self.model(**dict(zip(names, given, strict=False)), return_dict=True)
-        found = {name: value for name, value in output.items() if isinstance(value, Tensor)}
-        self.names = list(found)
-        return tuple(found.values())
-
-
 def export_onnx(
-    model: Any,
+    model: nn.Module | Holder,
     path: str | os.PathLike[str],
     *,
     opset: int | None = None,
     int8: bool = False,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a patched model as ONNX: one program for all batch sizes, and lengths that the model reads.
+    """Write a patched encoder as ONNX: one program for all batch sizes, and lengths that it reads.
 
-    onnxruntime then runs it on texts of several lengths, with padding, and the outputs are compared
-    with the model's. Only what agrees is put in its place.
+    Its inputs are input_ids and attention_mask (B, T), and token_type_ids where the model has several
+    token types; its outputs are the tensors that the model gives, by their names. onnxruntime then
+    runs it on texts of up to 4,096 tokens, with padding. Only what agrees is put in its place.
 
     Args:
-        model: a patched encoder in float32, with or without a head.
-        path: the file to write. Its inputs are input_ids and attention_mask (B, T), and token_type_ids
-            where the model has several token types; its outputs are the tensors that the model gives.
+        model: a patched model in float32, with or without a head, or what holds one.
+        path: the file. Weights of more than 1.5 GB lie beside it, in ``path + ".data"``.
         opset: of ONNX, 18 or later. None: the exporter's own choice.
-        int8: write ``NAME.int8.onnx`` beside it as well: weights of 8 bits by onnxruntime's dynamic
+        int8: write ``NAME.int8.onnx`` beside it as well: weights of 8 bits, by onnxruntime's dynamic
             quantization.
         overwrite: replace files that are there.
 
     Raises:
-        ImportError: onnx, onnxscript or onnxruntime is missing.
-        ValueError: the model is not patched or cannot be exported, a file is there already, or
-            ``opset`` is too old. Nothing is written.
-        RuntimeError: what was exported gives other outputs than the model. Nothing is written.
+        ImportError: onnx, onnxscript or onnxruntime is missing, or torch is older than 2.7.
+        ValueError: the model is not patched, has a decoder, is in training mode or not in float32, a
+            file is there already, its folder is not, or ``opset`` is too old or not known to onnx.
+        RuntimeError: the model cannot be exported, or the file gives other outputs than the model.
+
+    After an error nothing is written.
     """
-    config = get_config(model)
-    base, family = find_base(module_of(model))
-    stated: Any = base.config
-    target = model if hasattr(model, "config") else base
-    if getattr(stated, "is_decoder", False) or stated.is_encoder_decoder:
-        raise ValueError(
-            f"{type(base).__name__} has a decoder, whose steps are no one program: export an encoder"
-        )
-    if opset is not None and opset < OLDEST_OPSET:
-        raise ValueError(f"opset={opset} is too old: pass {OLDEST_OPSET} or later, or leave it out")
-    if not hasattr(torch.compiler, "is_exporting"):
-        raise ValueError("this torch exports one length alone: pip install 'torch>=2.7'")
-    if any(x.dtype != torch.float32 for x in target.parameters() if x.is_floating_point()):
-        raise ValueError("the model is not in float32: model.float() first")
-    out = Path(path)
-    small = out.with_suffix(".int8.onnx")
-    if not out.parent.is_dir():
-        raise ValueError(f"there is no folder {str(out.parent)!r}: make it first")
-    for file in (out, small)[: 1 + int8]:
-        if file.exists() and not overwrite:
-            raise ValueError(
-                f"{str(file)!r} is there already: name another, or pass overwrite=True"
-            )
-    runtime = _package("onnxruntime")
-    _package("onnx"), _package("onnxscript")
-    has_types = family.token_types is not None and stated.type_vocab_size > 1
-    names = ["input_ids", "attention_mask", "token_type_ids"][: 2 + has_types]
-    with _ready(target) as module, tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        examples = list(_examples(config, stated, names, next(module.parameters()).device))
-        made = str(Path(folder) / out.name)
-        with torch.no_grad():
-            expected = [module(*example) for example in examples]
-        write(module, made, examples[0], names, config.max_position_embeddings, opset)
-        found = _run(runtime, made, names, examples)
-        difference, scale = 0.0, 0.0
-        for (_, mask, *_), ours, theirs in zip(examples, found, expected, strict=True):
-            for a, b in zip(ours, theirs, strict=True):
-                real = mask.bool() if b.shape[:2] == mask.shape else slice(None)
-                difference = max(difference, float((a - b.cpu())[real].abs().max()))
-                scale = max(scale, float(b[real].abs().max()))
-        if not difference <= TOLERANCE * max(1.0, scale):
-            raise RuntimeError(
-                f"onnxruntime's outputs are {difference:.1e} from the model's, so nothing was written: "
-                "try another opset, or newer releases of torch, onnxscript and onnxruntime"
-            )
-        done = Exported(out, difference)
+    _require_packages()
+    config, program, out = get_config(model), Program(module_of(model)), Path(path)
+    files = (out, out.with_suffix(".int8.onnx"))[: 1 + int8]
+    places = (*map(_weights_of, files), *files)  # who finds a model finds its weights
+    _check(program, places, opset, overwrite)
+    two, longest = 2 * config.block_size, min(LONGEST, config.max_position_embeddings)
+    # the third text is left-padded: without a global token in its place a head reads padding there
+    most = 3 if config.num_global_tokens and config.pool_with_global else 2
+    sizes = ((1, 1), (most, two), (most, two + 3), (2, 2 * two + 1), (1, longest))
+    examples = [program.example(batch, min(length, longest)) for batch, length in sizes]
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of what it does itself
+        made = [Path(folder, file.name) for file in files]
+        program.write(made[0], min(two + 7, longest), opset)
+        run = opened(made[0])
+        done = Exported(out, max(program.difference(run, given) for given in examples))
         if int8:
-            quantized = str(Path(folder) / small.name)
-            quantize(made, quantized)
-            cosines = torch.cat(
-                [
-                    torch.cosine_similarity(a[0].flatten(1), b[0].flatten(1))
-                    for a, b in zip(found, _run(runtime, quantized, names, examples), strict=True)
-                ]
+            quantize(*made)
+            small = opened(made[1])
+            both = [
+                (_rows(x, at), _rows(y, at))
+                for at in examples
+                for x, y in zip(small(at), run(at), strict=True)
+            ]
+            cosines = torch.cat([torch.cosine_similarity(x, y) for x, y in both])
+            done = done._replace(
+                int8_path=files[1],
+                mean_cosine=float(cosines.mean()),
+                least_cosine=float(cosines.min()),
             )
-            done = Exported(out, difference, small, float(cosines.mean()), float(cosines.min()))
-        for file in sorted(Path(folder).iterdir()):
-            os.replace(file, out.parent / file.name)
+        for place in places:
+            new = Path(folder, place.name)
+            new.replace(place) if new.exists() else place.unlink(missing_ok=True)
     return done
 
 
@@ -163,6 +129,7 @@ def export_checkpoint(
     Raises:
         As ``export_onnx``, ``from_pretrained`` and ``patch_model``.
     """
+    _require_packages()
     given = {**(settings or {}), **({"max_position_embeddings": max_length} if max_length else {})}
     found = Source.of(source, {})
     said = found.config()
@@ -171,85 +138,161 @@ def export_checkpoint(
     else:
         model, _ = load(found, said, None, {})
         patch_model(model, LSGConfig(**given), tokenizer=tokenizer_at(found.path)[0])
-    return export_onnx(model.float(), out, **options)
+    return export_onnx(model.float().eval(), out, **options)
 
 
-def write(
-    module: Outputs,
-    path: str,
-    example: tuple[Tensor, ...],
-    names: list[str],
-    most: int,
-    opset: int | None = None,
-) -> None:
-    """One program for all batch sizes, and lengths up to ``most`` tokens, recorded with an ``example``."""
-    size = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=most)}
-    with torch.no_grad():
-        module(*example)  # it knows the names of its outputs then
-        torch.onnx.export(
-            module,
-            example,
-            path,
-            dynamo=True,
-            opset_version=opset,
-            input_names=names,
-            output_names=module.names,
-            dynamic_shapes=(tuple(size for _ in names),),
-            external_data=sum(x.nbytes for x in module.parameters()) > ONE_FILE,
-            verbose=False,
-        )
+class Program(nn.Module):
+    """A model as the exporter wants it: tensors in, tensors out."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        base, family = find_base(model)
+        self.model, self.config = model, cast(Any, base).config
+        self.training = model.training
+        has_types = family.token_types is not None and self.config.type_vocab_size > 1
+        self.inputs = ("input_ids", "attention_mask", "token_type_ids")[: 2 + has_types]
 
-def quantize(path: str, out: str) -> None:
-    """Write the model in ``path`` with weights of 8 bits without a sign, the most exact kind here."""
-    quantization = _package("onnxruntime.quantization")
-    kind = quantization.QuantType.QUInt8
-    quantization.quantize_dynamic(path, out, per_channel=True, weight_type=kind)
+    def outputs(self, given: Inputs) -> Inputs:
+        """The tensors that the model gives, by their names."""
+        # those of sentence-transformers take a dictionary, and add to it
+        takes_one = isinstance(self.model, nn.Sequential)
+        found = self.model({**given}) if takes_one else self.model(**given, return_dict=True)
+        return {name: x for name, x in found.items() if isinstance(x, Tensor) and name not in given}
 
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.outputs(dict(zip(self.inputs, given, strict=True))).values())
 
-@contextmanager
-def _ready(model: nn.Module) -> Iterator[Outputs]:
-    was_training = model.training
-    try:
-        yield Outputs(model.eval())
-    finally:
-        model.train(was_training)
-
-
-def _examples(
-    config: LSGConfig, stated: Any, names: list[str], device: torch.device
-) -> Iterator[tuple[Tensor, ...]]:
-    """Batches of random words, padded; the first one is what the program is recorded with."""
-    generator, block = torch.Generator().manual_seed(0), config.block_size
-    for batch, blocks, more in ((2, 2, 7), (1, 1, 3), (3, 0, 5), (2, 5, 1)):
-        length = min(blocks * block + more, config.max_position_embeddings)
+    def example(self, batch: int, length: int) -> Inputs:
+        """Drawn words; the second text is padded on its right, the third on its left."""
+        padding = self.config.pad_token_id or 0
         ids = torch.randint(
-            min(100, stated.vocab_size - 1), stated.vocab_size, (batch, length), generator=generator
+            self.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length)
         )
-        lengths = torch.tensor([length, *[max(1, length - 4)] * (batch - 1)])
-        mask = (torch.arange(length) < lengths[:, None]).long()
-        types = torch.zeros_like(ids)
+        mask, types = torch.ones_like(ids), torch.zeros_like(ids)
+        mask[1:2, length - length // 3 :] = 0
+        mask[2:3, : length // 3] = 0
         types[:, length // 2 :] = 1
-        yield tuple(x.to(device) for x in (ids, mask, types)[: len(names)])
+        word = int(padding == 0)  # some word that is no padding
+        ids = ids.masked_fill(ids == padding, word).masked_fill(mask == 0, padding)
+        device = next(self.parameters()).device
+        given = zip(self.inputs, (ids, mask, types), strict=False)
+        return {name: x.to(device) for name, x in given}
 
+    @torch.no_grad()
+    def write(self, file: Path, length: int, opset: int | None = None) -> None:
+        """The file, recorded with an example of ``length`` tokens.
 
-def _run(
-    runtime: Any, path: str, names: list[str], examples: list[tuple[Tensor, ...]]
-) -> list[list[Tensor]]:
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return [
-        [
-            torch.from_numpy(x)
-            for x in session.run(
-                None, {n: x.cpu().numpy() for n, x in zip(names, example, strict=True)}
+        Raises:
+            RuntimeError: the exporter cannot.
+        """
+        example = self.example(2, length)
+        sizes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+        try:
+            made: Any = torch.onnx.export(
+                self,
+                tuple(example.values()),
+                file,
+                dynamo=True,
+                opset_version=opset,
+                input_names=self.inputs,
+                output_names=list(self.outputs(example)),
+                dynamic_shapes=((sizes,) * len(example),),
+                external_data=False,  # where one file can hold it
+                verbose=False,
             )
-        ]
-        for example in examples
-    ]
+            if opset not in (None, made.model.opset_imports[""]):
+                raise ValueError("the exporter wrote another")
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            name = type(self.model).__name__
+            raise RuntimeError(f"{name} cannot be exported with opset={opset}: {reason}") from error
+
+    @torch.no_grad()
+    def difference(self, run: Run, given: Inputs) -> float:
+        """The largest one between what ``run`` and the model give, padding left out.
+
+        Raises:
+            RuntimeError: it is too large.
+        """
+        largest = 0.0
+        for found, (name, expected) in zip(run(given), self.outputs(given).items(), strict=True):
+            expected = _rows(expected, given)
+            off, scale = (
+                (_rows(found, given) - expected).abs(),
+                max(1.0, float(expected.abs().max())),
+            )
+            largest = max(largest, float(off.max()))
+            if not (off.max() <= FAR * scale and off.mean() <= FAR_ON_AVERAGE * scale):
+                raise RuntimeError(
+                    f"{name} of onnxruntime is {float(off.max()):.1e} from the model's for input_ids of "
+                    f"shape {tuple(given['input_ids'].shape)}, so nothing was written: try another "
+                    "opset, or newer releases of torch, onnxscript and onnxruntime"
+                )
+        return largest
 
 
-def _package(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(f"exporting needs {name}: pip install lsg-patch[onnx]") from error
+def opened(file: Path) -> Run:
+    """The model of a file in onnxruntime on the CPU, with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.enable_cpu_mem_arena = False  # it would keep what the largest input took
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(given: Inputs) -> list[Tensor]:
+        feed = {name: x.cpu().numpy() for name, x in given.items()}
+        return [torch.from_numpy(x) for x in session.run(None, feed)]
+
+    return run
+
+
+def quantize(file: Path, out: Path) -> None:
+    """``file`` with weights of 8 bits, unsigned: signed ones overflow on processors without VNNI."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    is_large, kind = _weights_of(file).exists(), QuantType.QUInt8
+    quantize_dynamic(
+        file, out, per_channel=True, weight_type=kind, use_external_data_format=is_large
+    )
+
+
+def _weights_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.data")
+
+
+def _rows(output: Tensor, given: Inputs) -> Tensor:
+    """(B, N), with zeros for padding where there is an output for each token."""
+    output, mask = output.cpu(), given["attention_mask"].cpu().bool()
+    if output.shape[:2] == mask.shape:
+        output = output.masked_fill(~mask.view(*mask.shape, *[1] * (output.dim() - 2)), 0)
+    return output.flatten(1)
+
+
+def _require_packages() -> None:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"an export needs {', '.join(missing)}: pip install lsg-patch[onnx]")
+    if not hasattr(torch.compiler, "is_exporting"):
+        raise ImportError("this torch exports one length alone: pip install 'torch>=2.7'")
+
+
+def _check(program: Program, places: tuple[Path, ...], opset: int | None, overwrite: bool) -> None:
+    newest = import_module("onnx.defs").onnx_opset_version()
+    name, folder = type(program.model).__name__, places[0].parent
+    there = [str(place) for place in places if place.exists() and not overwrite]
+    is_half = any(x.dtype != torch.float32 for x in program.parameters() if x.is_floating_point())
+    has_decoder = program.config.is_encoder_decoder or getattr(program.config, "is_decoder", False)
+    for wrong, said in (
+        (has_decoder, f"{name} is or has a decoder: only encoders can be exported"),
+        (is_half, f"{name} is not in float32: model.float() first"),
+        (program.model.training, f"{name} is in training mode: model.eval() first"),
+        (
+            opset is not None and not OLDEST_OPSET <= opset <= newest,
+            f"opset={opset} is none of {OLDEST_OPSET} to {newest}: pass one of these, or leave it out",
+        ),
+        (not folder.is_dir(), f"there is no folder {str(folder)!r}: make it first"),
+        (there, f"{there and there[0]!r} is there already: name another, or pass overwrite=True"),
+    ):
+        if wrong:
+            raise ValueError(said)

@@ -19,6 +19,7 @@ from benchmarks.__main__ import main
 from benchmarks.bars import BARS, bar
 from benchmarks.comparisons import COMPARISONS, QUICK, Comparison
 from benchmarks.harness import Record, Rounds, Side, Spread, records_of, render, time_sides
+from lsg_patch import exporting
 
 
 class Clock:
@@ -219,7 +220,7 @@ def test_eager_and_compiled_models_are_measured_in_one_run(
 def test_onnx_is_left_out_where_it_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serving, "PACKAGES", ("torch", "not_there"))
+    monkeypatch.setattr(exporting, "PACKAGES", ("torch", "not_there"))
     assert main(["onnx", "--json", str(tmp_path / "results.json")]) == 0
     assert "onnx is left out: not_there is not installed" in capsys.readouterr().err
 

@@ -10,15 +10,20 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import lsg_patch
+from benchmarks import store
+from benchmarks.__main__ import main as benchmark
 from lsg_patch import cli, exporting
 from lsg_patch.demo import bundled_model, module_text
 from tests.ecosystem.test_exporting import SETTINGS, check, encoder, example_of
 from tests.models import ids_like, right_padded, tiny_model
 from tests.seq2seq import tiny_model as tiny_seq2seq
+from tests.tokenizers import real_tokenizer
 
 
 @pytest.mark.parametrize("selection", ["norm", "lsh", "bos_pooling"])
@@ -66,9 +71,7 @@ def test_a_model_with_a_head(family: str, tmp_path: Path) -> None:
     """Its inputs and outputs have names; sizes that were not checked agree as well."""
     cls = {"bert": "BertForTokenClassification", "roberta": "RobertaForTokenClassification"}[family]
     model = lsg_patch.patch_model(tiny_model(family, getattr(transformers, cls)), **SETTINGS)
-    model.train()
     done = lsg_patch.export_onnx(model, tmp_path / "model.onnx")
-    assert model.training
     assert done.difference < 1e-4 and done.int8_path is None
     session = session_of(done.path)
     names = [x.name for x in session.get_inputs()]
@@ -79,7 +82,7 @@ def test_a_model_with_a_head(family: str, tmp_path: Path) -> None:
     given = {"input_ids": ids_like(mask, family), "attention_mask": mask}
     given["token_type_ids"] = (torch.arange(100) > 50).long().expand(3, -1)
     with torch.no_grad():
-        expected = model.eval()(**given).logits
+        expected = model(**given).logits
     [found] = session.run(None, {name: x.numpy() for name, x in given.items()})
     torch.testing.assert_close(
         torch.from_numpy(found)[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-4
@@ -132,8 +135,10 @@ def decoder() -> nn.Module:
         (lambda: tiny_model("bert"), {}, "not patched: patch_model"),
         (lambda: lsg_patch.patch_model(decoder(), **SETTINGS), {}, "has a decoder"),
         (lambda: lsg_patch.patch_model(tiny_seq2seq("bart"), **SETTINGS), {}, "has a decoder"),
-        (lambda: encoder().model, {"opset": 17}, "opset=17 is too old: pass 18 or later"),
+        (lambda: encoder().model, {"opset": 17}, "opset=17 is none of 18 to .* leave it out"),
+        (lambda: encoder().model, {"opset": 99}, "opset=99 is none of 18 to .* leave it out"),
         (lambda: encoder().model.double(), {}, r"model.float\(\) first"),
+        (lambda: encoder().model.train(), {}, r"model.eval\(\) first"),
         (lambda: encoder().model, {"path": "no/such/model.onnx"}, "no folder .* make it first"),
         (lambda: encoder().model, {"path": "there.onnx"}, "there already: name another"),
         (
@@ -142,7 +147,18 @@ def decoder() -> nn.Module:
             "x.int8.onnx' is there already",
         ),
     ],
-    ids=["plain", "decoder", "seq2seq", "opset", "float64", "folder", "file", "int8 file"],
+    ids=[
+        "plain",
+        "decoder",
+        "seq2seq",
+        "old opset",
+        "new opset",
+        "float64",
+        "training",
+        "folder",
+        "file",
+        "int8 file",
+    ],
 )
 def test_what_cannot_be_exported(
     make: Any, options: dict[str, Any], message: str, tmp_path: Path
@@ -165,7 +181,7 @@ def test_an_export_that_is_wrong_is_not_left_behind(
     def of_another(module: Any, *given: Any, **options: Any) -> Any:
         other = copy.deepcopy(module)
         with torch.no_grad():
-            next(other.parameters()).add_(1.0)
+            other.model.encoder.layer[0].output.dense.bias[0] += 0.1
         return real(other, *given, **options)
 
     monkeypatch.setattr(torch.onnx, "export", of_another)
@@ -174,17 +190,89 @@ def test_an_export_that_is_wrong_is_not_left_behind(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("missing", ["onnxruntime", "onnxscript"])
-def test_a_missing_package_is_named(
-    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_exporter_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = exporting.import_module
+    def fails(*given: Any, **options: Any) -> Any:
+        raise NotImplementedError("no such operator\n\nand more")
 
-    def without(name: str) -> Any:
-        if name.partition(".")[0] == missing:
-            raise ImportError(f"No module named {name!r}")
-        return real(name)
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    said = "^BertModel cannot be exported with opset=20: no such operator$"
+    with pytest.raises(RuntimeError, match=said):
+        lsg_patch.export_onnx(encoder().model, tmp_path / "model.onnx", opset=20)
+    assert not list(tmp_path.iterdir())
 
-    monkeypatch.setattr(exporting, "import_module", without)
-    with pytest.raises(ImportError, match=rf"{missing}: pip install lsg-patch\[onnx\]"):
+
+def test_every_real_row_is_compared() -> None:
+    program = exporting.Program(encoder().model)
+    given = program.example(3, 40)
+    assert given["attention_mask"].sum(1).tolist() == [40, 27, 27]
+    with torch.no_grad():
+        ran = [x.clone() for x in program.outputs(given).values()]
+    ran[0][1, -1] += 1  # padding
+    assert program.difference(lambda _: ran, given) == 0
+    for wrong in (0.5, torch.nan):
+        ran[0][1, 0] = wrong
+        with pytest.raises(RuntimeError, match=r"last_hidden_state of .* \(3, 40\)"):
+            program.difference(lambda _: ran, given)
+
+
+def test_weights_of_many_gigabytes_lie_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
+    names = [f"model{name}" for name in (".int8.onnx", ".int8.onnx.data", ".onnx", ".onnx.data")]
+    with monkeypatch.context() as change:
+        change.setattr(limit, 0)
+        done = lsg_patch.export_onnx(encoder().model, tmp_path / "model.onnx", int8=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    assert done.least_cosine is not None and done.mean_cosine is not None
+    assert 0.9 < done.least_cosine < done.mean_cosine < 1
+    given = exporting.Program(encoder().model).example(2, 33)
+    assert exporting.opened(tmp_path / "model.onnx")(given)[0].shape == (2, 33, 32)
+    (tmp_path / "model.onnx").unlink()
+    with pytest.raises(ValueError, match=r"model.onnx.data' is there already"):
         lsg_patch.export_onnx(encoder().model, tmp_path / "model.onnx")
+    # old weights do not stay
+    lsg_patch.export_onnx(encoder().model, tmp_path / "model.onnx", overwrite=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == names[:3]
+
+
+def test_a_sentence_transformer_gives_its_embedding(tmp_path: Path) -> None:
+    real_tokenizer(tmp_path)
+    tiny_model("bert").save_pretrained(tmp_path)
+    parts = [modules.Transformer(str(tmp_path)), modules.Pooling(32), modules.Normalize()]
+    model = SentenceTransformer(modules=parts, device="cpu").eval()
+    lsg_patch.patch_model(model, **SETTINGS)
+    lsg_patch.export_onnx(model, tmp_path / "model.onnx")
+    session = session_of(tmp_path / "model.onnx")
+    mask = right_padded(70, 40, 70)
+    given = {"input_ids": ids_like(mask, "bert"), "attention_mask": mask}
+    given["token_type_ids"] = torch.zeros_like(mask)
+    feed = {name: x.numpy() for name, x in given.items()}
+    [found] = session.run(["sentence_embedding"], feed)
+    expected = model({**given})["sentence_embedding"].detach()
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "PACKAGES", ("onnx", "not_there"))
+    said = r"^an export needs not_there: pip install lsg-patch\[onnx\]$"
+    with pytest.raises(ImportError, match=said):
+        lsg_patch.export_onnx(encoder().model, tmp_path / "model.onnx")
+    with pytest.raises(ImportError, match=said):
+        exporting.export_checkpoint("no/such", tmp_path / "model.onnx")
+
+
+def test_the_benchmark_has_both_models_in_both_kinds(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    argv = ["onnx", "--lengths", "300", "--layers", "1", "--repeats", "1", "--json", str(path)]
+    assert benchmark(argv) == 0
+    sides: dict[str, list[str]] = {}
+    for record in store.read(path):
+        sides.setdefault(record["case"], []).append(record["side"])
+    assert sides == {
+        f"{size} of 300 tokens, to full, {kind}": [f"full, {kind}", f"norm, {kind}"]
+        for size in (1, 8)
+        for kind in ("float32", "int8")
+    }
