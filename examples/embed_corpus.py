@@ -151,7 +151,9 @@ def with_ray(shards: list[Shard], settings: dict[str, Any], workers: int) -> Non
     """On this machine, or on the cluster that `RAY_ADDRESS` names."""
     import ray
 
-    ray.init(ignore_reinit_error=True)
+    # "local": what an earlier cluster left on this machine is not waited for
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(address, ignore_reinit_error=True)
     gpus = ray.cluster_resources().get("GPU", 0)
     cpus = max(1, int(ray.cluster_resources()["CPU"]) // workers)
     # a row is a shard: an actor takes one at a time

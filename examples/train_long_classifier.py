@@ -191,7 +191,7 @@ def step(
         documents = batch(place, args.batch_size, train, args.seed)
         inputs = collate(tokenizer, documents, args.max_length, accelerator.device)
         classes = torch.tensor([labels[label] for _, label in documents], device=total.device)
-        torch.manual_seed(args.seed + accelerator.process_index)  # of the dropout
+        torch.manual_seed(args.seed + place)  # the dropout of a batch, whichever process has it
         waits = part < args.accumulate - 1
         with accelerator.no_sync(model) if waits else nullcontext():
             with accelerator.autocast():

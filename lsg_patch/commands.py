@@ -1,4 +1,4 @@
-"""The commands. Each imports what is heavy when it runs, so that `--help` is quick."""
+"""The commands. Each imports what else is heavy when it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every difference between versions of transformers, found by looking at what is there."""
+"""Every difference between versions of transformers, found where it can be by looking at what is there."""
 
 from __future__ import annotations
 
@@ -113,11 +113,14 @@ def arguments_by_row(stack: nn.Module) -> tuple[str, ...]:
 def attention_outputs(attention: nn.Module) -> int:
     """How many values a self-attention module must return: the states, the maps, perhaps a cache.
 
-    Two are right everywhere but in BART's kind before 4.54 (known by its states of another sequence,
-    and by having no index of its layer), whose layers take three and no other number.
+    Two are right everywhere but in BART's kind (known by its states of another sequence) before 4.54,
+    whose layers take three and no other number. Nothing of the module itself tells 4.53 from 4.54.
     """
+    import transformers
+
     is_barts = "key_value_states" in forward_parameters(attention)
-    return 3 if is_barts and not hasattr(attention, "layer_idx") else 2
+    release = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+    return 3 if is_barts and release < (4, 54) else 2
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,11 @@ class LSGConfig:
             token standing in for it. None: what suits the model's family.
         pool_with_global: give the first global token's output as the first real token's. In a decoder
             only where that token is masked: global tokens see none of its tokens.
-        adaptive: pad inside the model to whole blocks; False: other lengths are an error.
-        unpad: run the layers of a batch with padding on its real tokens only, each row padded to its
-            own blocks, and all packed. Padding has the output of the nearest real token. Reads the
-            lengths from the device; compiled and traced models run padded. None: in a model that can,
-            for inputs of more than two blocks of which this leaves out a tenth or more.
+        adaptive: take any length; False: beyond two blocks, no multiple of the block is an error.
+        unpad: run the layers of a batch with padding on its real tokens only: each row by itself, and
+            all packed. Padding has the output of the nearest real token. Reads the lengths from the
+            device; compiled and traced models run padded. None: in a model that can, for inputs of more
+            than two blocks of which this leaves out a tenth or more.
         lsh_num_pre_rounds: rounds of hashing before the last one (lsh only).
         pass_global_tokens_to_decoder: encoder-decoders: let the decoder see the global tokens.
         attention_probs_dropout_prob: None: the model's own.
@@ -131,8 +131,8 @@ class LSGConfig:
             object.__setattr__(self, "unpad", False)
         if self.unpad and not self.adaptive:
             raise ValueError(
-                "unpad=True with adaptive=False: rows of any length are padded to whole blocks inside "
-                "the model; pass adaptive=True or unpad=False"
+                "unpad=True with adaptive=False: rows that are packed are of any length; pass "
+                "adaptive=True or unpad=False"
             )
 
     def geometry(self) -> Geometry:

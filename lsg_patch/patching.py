@@ -116,8 +116,8 @@ def patch_model(
     grows as the encoder's does. A decoder (``config.is_decoder``) attends block by block to what
     stands before each token; a step that is given a cache sees all of it. Cross attention stays.
     ``position_ids`` that are given are taken as they are, also beyond ``max_position_embeddings``.
-    Hooks of yours inside the layer stack see its rows, [global tokens | tokens | padding to whole
-    blocks]; of a batch that is run unpadded those of all sequences in one.
+    Hooks of yours inside the layer stack see its rows, [global tokens | tokens | padding]; of a
+    batch that is run unpadded those of all sequences in one.
 
     Args:
         model: a model of a supported family, with or without a head, or a module that holds one
@@ -306,32 +306,34 @@ def freeze_except(model: Model, *parts: str) -> Model:
         raise ValueError(
             f"freeze_except: pass some of {', '.join(PARTS)}, of the two positions only one, not {parts!r}"
         )
-    patches = _require_patched(model)
-    trained = [global_embeddings(model)] if "global" in parts else []
-    base, patch = patches[0]
-    tables: list[nn.Embedding] = []
-    offset = 0
-    if "positions" in parts or "new_positions" in parts:
-        tables, offset = learned_tables(base, FAMILIES[patch.family])
-        if not tables or any(table.weight.is_meta for table in tables):
-            raise ValueError(
-                f"the positions of this {type(base).__name__} are computed, or offloaded: leave "
-                "'positions' out, or load the model onto a device"
-            )
-    old = offset + _known_positions(tables[0], patch, offset) if "new_positions" in parts else 0
+    patches, new = _require_patched(model), "new_positions" in parts
+    trained = [global_embeddings(base) for base, _ in patches] if "global" in parts else []
+    with_positions = patches if new or "positions" in parts else []
+    found = [(patch, *_tables_to_train(base, patch, new)) for base, patch in with_positions]
     join(module_of(model))
-    if "new_positions" in parts:
-        groups = {
-            id(table.weight): [x for x in tables if x.weight is table.weight] for table in tables
-        }
-        trained += [split(group, old, patch) for group in groups.values()]
-    else:
-        trained += [cast("nn.Parameter", table.weight) for table in tables]
+    for patch, tables, old in found:
+        sharing: dict[int, list[nn.Embedding]] = {}
+        for table in tables:
+            sharing.setdefault(id(table.weight), []).append(table)
+        for group in sharing.values():
+            whole = cast("nn.Parameter", group[0].weight)
+            trained.append(split(group, old, patch) if new else whole)
     of_bases = {id(p) for base, _ in patches for p in base.parameters()}
     for parameter in module_of(model).parameters():
         in_head = "head" in parts and id(parameter) not in of_bases
         parameter.requires_grad_(in_head or any(parameter is x for x in trained))
     return model
+
+
+def _tables_to_train(base: nn.Module, patch: Patch, new: bool) -> tuple[list[nn.Embedding], int]:
+    """Tables of learned positions, and how many of their rows are old ones."""
+    tables, offset = learned_tables(base, FAMILIES[patch.family])
+    if not tables or any(table.weight.is_meta for table in tables):
+        raise ValueError(
+            f"the positions of this {type(base).__name__} are computed, or offloaded: leave "
+            "'positions' out, or load the model onto a device"
+        )
+    return tables, offset + _known_positions(tables[0], patch, offset) if new else 0
 
 
 def _known_positions(table: nn.Embedding, patch: Patch, offset: int) -> int:

@@ -230,3 +230,16 @@ def test_what_cannot_be_is_refused_before_anything_changes(
     assert trained(model) == before
     with pytest.raises(ValueError, match="is not patched"):
         lsg_patch.freeze_except(nn.Linear(1, 1), "head")
+
+
+@pytest.mark.parametrize("part", ["positions", "new_positions"])
+def test_two_patched_models_in_one(part: str) -> None:
+    """Both train the parts that are named."""
+    model = torch.nn.ModuleDict({name: tiny_model("bert") for name in ("first", "second")})
+    for each in model.values():
+        lsg_patch.patch_model(each, **SETTINGS)
+    lsg_patch.freeze_except(model, "global", part)
+    table = "embeddings.position_embeddings." + ("weight" if part == "positions" else "new_rows")
+    expected = {table, "embeddings.global_embeddings.weight"}
+    assert trained(model) == {f"{name}.{x}" for name in model for x in expected}
+    lsg_patch.unpatch_model(model)

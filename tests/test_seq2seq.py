@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 import lsg_patch
+from lsg_patch.attention.backends.pieces import CACHE_BYTES
 from lsg_patch.memory import peak_memory
 from lsg_patch.modules.self_attention import LSGSelfAttention
 from tests import models
@@ -344,7 +345,9 @@ def test_the_encoders_memory_is_linear() -> None:
         mask = torch.cat([mask, torch.ones(1, length - mask.shape[1], dtype=torch.long)], dim=1)
         with torch.no_grad(), peak_memory() as memory:
             model.encoder(ids_like(mask), mask)
-        assert memory.largest_numel < 200 * length, memory.largest_shape
+        # pieces of the attention have a size of their own, whatever the length
+        piece = CACHE_BYTES // 4
+        assert memory.largest_numel < max(200 * length, piece), memory.largest_shape
         used[length] = memory.peak_bytes
     assert used[16384] <= 4.4 * used[4096]
 

@@ -1,6 +1,6 @@
 """Where the tokens of an input lie in the layer stack, and back.
 
-Global tokens stand in front, padding is turned to the right side and to whole blocks; or the real
+Global tokens stand in front, padding is turned to the right side; or the real
 tokens alone are packed.
 """
 
