@@ -93,17 +93,14 @@ def export_onnx(
         if int8:
             quantize(*made)
             small = opened(made[1])
-            both = [
-                (_rows(x, at), _rows(y, at))
-                for at in examples
-                for x, y in zip(small(at), run(at), strict=True)
-            ]
-            cosines = torch.cat([torch.cosine_similarity(x, y) for x, y in both])
-            done = done._replace(
-                int8_path=files[1],
-                mean_cosine=float(cosines.mean()),
-                least_cosine=float(cosines.min()),
+            cosines = torch.cat(
+                [
+                    torch.cosine_similarity(_rows(found, given), _rows(expected, given))
+                    for given in examples
+                    for found, expected in zip(small(given), run(given), strict=True)
+                ]
             )
+            done = Exported(*done[:2], files[1], float(cosines.mean()), float(cosines.min()))
         for place in places:
             new = Path(folder, place.name)
             new.replace(place) if new.exists() else place.unlink(missing_ok=True)
@@ -130,7 +127,9 @@ def export_checkpoint(
         As ``export_onnx``, ``from_pretrained`` and ``patch_model``.
     """
     _require_packages()
-    given = {**(settings or {}), **({"max_position_embeddings": max_length} if max_length else {})}
+    given = dict(settings or {})
+    if max_length is not None:
+        given["max_position_embeddings"] = max_length
     found = Source.of(source, {})
     said = found.config()
     if is_published(said) or KEY in said:
@@ -180,11 +179,7 @@ class Program(nn.Module):
 
     @torch.no_grad()
     def write(self, file: Path, length: int, opset: int | None = None) -> None:
-        """The file, recorded with an example of ``length`` tokens.
-
-        Raises:
-            RuntimeError: the exporter cannot.
-        """
+        """The file, recorded with an example of ``length`` tokens; or a RuntimeError."""
         example = self.example(2, length)
         sizes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
         try:
@@ -209,18 +204,12 @@ class Program(nn.Module):
 
     @torch.no_grad()
     def difference(self, run: Run, given: Inputs) -> float:
-        """The largest one between what ``run`` and the model give, padding left out.
-
-        Raises:
-            RuntimeError: it is too large.
-        """
+        """The largest one between what ``run`` and the model give, padding left out; or a RuntimeError."""
         largest = 0.0
         for found, (name, expected) in zip(run(given), self.outputs(given).items(), strict=True):
             expected = _rows(expected, given)
-            off, scale = (
-                (_rows(found, given) - expected).abs(),
-                max(1.0, float(expected.abs().max())),
-            )
+            off = (_rows(found, given) - expected).abs()
+            scale = max(1.0, float(expected.abs().max()))
             largest = max(largest, float(off.max()))
             if not (off.max() <= FAR * scale and off.mean() <= FAR_ON_AVERAGE * scale):
                 raise RuntimeError(
@@ -251,7 +240,8 @@ def quantize(file: Path, out: Path) -> None:
     """``file`` with weights of 8 bits, unsigned: signed ones overflow on processors without VNNI."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    is_large, kind = _weights_of(file).exists(), QuantType.QUInt8
+    is_large = _weights_of(file).exists()
+    kind = QuantType.QUInt8
     quantize_dynamic(
         file, out, per_channel=True, weight_type=kind, use_external_data_format=is_large
     )
