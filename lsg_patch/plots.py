@@ -50,10 +50,9 @@ def pattern(
     else:
         config = get_config(model_or_config)
         shares = _shares_of_layer(module_of(model_or_config), length, layer, head, input_ids)
-    num_global = config.num_global_tokens
     rows = shares.shape[0]
     found = torch.full((rows, rows), KINDS.index("not seen"))
-    block = (torch.arange(rows) - num_global).div(config.block_size, rounding_mode="floor")
+    block = (torch.arange(rows) - config.num_global_tokens) // config.block_size
     near = (block[:, None] - block).abs() <= 1
     seen = shares > 0
     found[seen] = KINDS.index("sparse")
@@ -102,10 +101,10 @@ def _shares_of_layer(
     for name, value, count in (("layer", layer, len(modules)), ("head", head, heads)):
         if not 0 <= value < count:
             raise ValueError(f"{name}={value} must be from 0 to {count - 1}")
-    attention: Any = modules[layer]
+    stated: Any = base.config
     if input_ids is None:
         generator = torch.Generator().manual_seed(0)
-        words = int(getattr(base.config, "vocab_size"))  # noqa: B009
+        words = stated.vocab_size
         input_ids = torch.randint(words // 10, words, (1, length), generator=generator)
     columns = []
 
@@ -115,7 +114,7 @@ def _shares_of_layer(
             context = module.attend(layout, query, key, value.expand_as(key), choose_by)
             columns.append(context.unflatten(-1, (heads, -1))[0, :, head])
 
-    handle = attention.register_forward_pre_hook(read, with_kwargs=True)
+    handle = modules[layer].register_forward_pre_hook(read, with_kwargs=True)
     try:
         with torch.no_grad():
             base(input_ids=input_ids)
@@ -190,10 +189,8 @@ def plot_cost(config: LSGConfig, lengths: Sequence[int], *, axes: Any = None) ->
         ImportError: matplotlib is missing.
     """
     axes = _axes(axes)
-    axes.plot(
-        lengths, [n * n for n in lengths], color=COLOURS[2], marker="o", label="full attention"
-    )
-    ours = [scores(config, n) for n in lengths]
+    full, ours = [n * n for n in lengths], [scores(config, n) for n in lengths]
+    axes.plot(lengths, full, color=COLOURS[2], marker="o", label="full attention")
     axes.plot(lengths, ours, color=COLOURS[1], marker="o", label=f"LSG, {config.sparsity_type}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)
