@@ -142,11 +142,7 @@ class LSGConfig:
         )
 
     def with_family_default(self, mask_first_token: bool) -> LSGConfig:
-        """These settings with ``mask_first_token=None`` replaced by what suits a family.
-
-        Raises:
-            ValueError: the first token would be masked, and nothing would take its place.
-        """
+        """These settings with ``mask_first_token=None`` replaced by what suits a family."""
         if self.mask_first_token is not None:
             return self
         # without a global token there is nothing that could stand in for the first one
@@ -205,15 +201,10 @@ class SavedPatch:
         for name, least in (("global_reach", 1), ("bos_id", 0)):
             if more[name] is not None:
                 _check_int(f"{where}: {name}", more[name], least)
-        unknown = rest.keys() - {field.name for field in dataclasses.fields(LSGConfig)}
-        if unknown:
-            raise ValueError(
-                f"{where} with {min(unknown, key=str)!r}, which is no setting: take it out"
-            )
         try:
             LSGConfig(**rest)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where} with a wrong setting: {error}") from error
+            raise ValueError(f"{where} with a wrong setting: {error}. Take it out") from error
         return cls(LSGConfig(**{**rest, **changed}), **more)
 
 

@@ -98,7 +98,6 @@ def build_documents(
     count: int,
     spans: Spans,
     *,
-    max_length: int,
     minimum: int = MIN_DOCUMENT_TOKENS,
     modules: Sequence[str] = MODULES,
     files: Sequence[Path] = (),
@@ -114,9 +113,7 @@ def build_documents(
     for name in modules:
         if len(documents) == wanted:
             break
-        # Few tokens are longer than some characters: what lies far behind the last one that is
-        # read need not be tokenized.
-        text = module_text(name)[: 16 * max(max_length, minimum)]
+        text = module_text(name)
         if len(spans(text)) >= minimum:
             documents.append(text)
     return documents
@@ -248,9 +245,7 @@ def measure(options: DemoOptions) -> dict[str, Any]:
         how = {"truncation": True, "max_length": max_length, "return_tensors": "pt"}
         return [tokenizer(text, verbose=False, **how) for text in texts]
 
-    documents = build_documents(
-        options.documents, spans, max_length=options.max_length, files=options.files
-    )
+    documents = build_documents(options.documents, spans, files=options.files)
     # A query lies behind what the truncated reading sees and before where the long one ends.
     queries = pick_queries(documents, spans, first=limit, last=options.max_length - 2)
     if not queries:

@@ -7,7 +7,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -42,18 +41,14 @@ def module_of(holder: Any) -> Any:
 def owners_of(holder: Any, base: nn.Module) -> list[Any]:
     """What tokenizes for ``base``: the innermost module around it that can, and a pipeline."""
     module = module_of(holder)
-    around = modules_around(module, base).values()
-    owners = [outer for outer in around if tokenizer_in(outer) is not None][-1:]
+    owners = [
+        outer
+        for outer in module.modules()  # from the outside in
+        if tokenizer_in(outer) is not None and any(inner is base for inner in outer.modules())
+    ][-1:]
     if holder is not module and tokenizer_in(holder) is not None:
         owners.append(holder)
     return owners
-
-
-def modules_around(root: nn.Module, inner: nn.Module) -> dict[str, nn.Module]:
-    """``root``, ``inner`` and all between them by their paths, from the outside in."""
-    path = next(name for name, module in root.named_modules() if module is inner)
-    paths = ["", *accumulate(path.split("."), "{}.{}".format)] if path else [""]
-    return {name: root.get_submodule(name) for name in paths}
 
 
 def tokenizer_in(owner: Any) -> Any:

@@ -55,15 +55,11 @@ def test_documents_are_the_files_and_the_first_modules_that_are_long_enough(tmp_
     path = tmp_path / "note.txt"
     path.write_text("short, and taken all the same", encoding="utf-8")
     modules = ["no_module_of_this_name", "keyword", "argparse", "json.decoder", "datetime"]
-    made = demo.build_documents(
-        2, words, max_length=4096, minimum=500, modules=modules, files=[path]
-    )
+    made = demo.build_documents(2, words, minimum=500, modules=modules, files=[path])
     assert made[0] == path.read_text(encoding="utf-8")
     for text, name in zip(made[1:], ["argparse", "json.decoder"], strict=True):
         assert f"NAME\n    {name} - " in text
-    again = demo.build_documents(
-        2, words, max_length=4096, minimum=500, modules=modules, files=[path]
-    )
+    again = demo.build_documents(2, words, minimum=500, modules=modules, files=[path])
     assert made == again
 
 
@@ -71,7 +67,7 @@ def test_a_file_that_is_no_text_is_a_clear_error(tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ValueError, match=r"picture\.png"):
-        demo.build_documents(0, words, max_length=512, files=[path])
+        demo.build_documents(0, words, files=[path])
 
 
 def test_there_are_modules_enough_for_the_default():
