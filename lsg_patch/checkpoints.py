@@ -109,6 +109,15 @@ def from_pretrained(
     return (model, info) if told else model
 
 
+def load_any(path: str, cls: Any = None, **settings: Any) -> Any:
+    """``from_pretrained`` of what was saved patched, with ``settings``; anything else as it is."""
+    source = Source.of(path, {})
+    stated = source.config()
+    if is_published(stated) or KEY in stated:
+        return from_pretrained(path, cls, **settings)
+    return load(source, stated, cls, {})[0]
+
+
 def load(
     source: Source,
     stated: dict[str, Any],

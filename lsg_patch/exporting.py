@@ -14,14 +14,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lsg_patch.checkpoints import from_pretrained, load
-from lsg_patch.config import KEY, LSGConfig
+from lsg_patch.checkpoints import load_any
+from lsg_patch.config import LSGConfig
 from lsg_patch.families import find_base
 from lsg_patch.holders import Holder, module_of
-from lsg_patch.patching import get_config, patch_model
-from lsg_patch.published import is_published
+from lsg_patch.patching import get_config, is_patched, patch_model
 from lsg_patch.tokenizer import tokenizer_at
-from lsg_patch.weights import Source
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OLDEST_OPSET = 18  # of the exporter that makes one program of all sizes
@@ -130,13 +128,9 @@ def export_checkpoint(
     given = dict(settings or {})
     if max_length is not None:
         given["max_position_embeddings"] = max_length
-    found = Source.of(source, {})
-    said = found.config()
-    if is_published(said) or KEY in said:
-        model = from_pretrained(found.path, **given)
-    else:
-        model, _ = load(found, said, None, {})
-        patch_model(model, LSGConfig(**given), tokenizer=tokenizer_at(found.path)[0])
+    model = load_any(source, None, **given)
+    if not is_patched(model):
+        patch_model(model, LSGConfig(**given), tokenizer=tokenizer_at(source)[0])
     return export_onnx(model.float().eval(), out, **options)
 
 

@@ -62,10 +62,11 @@ def pattern(
     return found
 
 
-def _one_hot_values(rows: int, width: int) -> list[Tensor]:
-    """Values (rows, width) that tell each row's share of the output, ``width`` rows at a time."""
+def _one_hot(key: Tensor) -> list[Tensor]:
+    """Values like ``key`` that tell each row's share of the output, as many rows at a time as fit."""
+    rows, width = key.shape[2:]
     whole = torch.eye(rows, -(-rows // width) * width)
-    return list(whole.split(width, dim=1))
+    return [value.expand_as(key) for value in whole.split(width, dim=1)]
 
 
 def _random_shares(config: LSGConfig, length: int, head: int) -> Tensor:
@@ -78,7 +79,7 @@ def _random_shares(config: LSGConfig, length: int, head: int) -> Tensor:
         lsg_attention(
             query,
             key,
-            value.expand_as(key),
+            value,
             block_size=config.block_size,
             sparse_block_size=config.sparse_block_size,
             sparsity_factor=config.sparsity_factor,
@@ -87,7 +88,7 @@ def _random_shares(config: LSGConfig, length: int, head: int) -> Tensor:
             lsh_num_pre_rounds=config.lsh_num_pre_rounds,
             seed=config.seed,
         )[0, head]
-        for value in _one_hot_values(rows, HEAD_SIZE)
+        for value in _one_hot(key)
     ]
     return torch.cat(columns, dim=1)[:, :rows]
 
@@ -110,8 +111,8 @@ def _shares_of_layer(
 
     def read(module: Any, args: Any, kwargs: Any) -> None:
         query, key, _, choose_by, layout = module.projected(args, kwargs)
-        for value in _one_hot_values(key.shape[2], key.shape[3]):
-            context = module.attend(layout, query, key, value.expand_as(key), choose_by)
+        for value in _one_hot(key):
+            context = module.attend(layout, query, key, value, choose_by)
             columns.append(context.unflatten(-1, (heads, -1))[0, :, head])
 
     handle = modules[layer].register_forward_pre_hook(read, with_kwargs=True)
@@ -167,9 +168,7 @@ def plot_pattern(
         interpolation="nearest",
         aspect="auto" if query is not None else "equal",
     )
-    axes.set_title(config.sparsity_type)
-    axes.set_xlabel("key")
-    axes.set_ylabel("query")
+    axes.set(title=config.sparsity_type, xlabel="key", ylabel="query")
     present = [kind for kind in range(1, len(KINDS)) if (found == kind).any()]
     axes.legend(
         handles=[patches.Patch(color=COLOURS[kind], label=KINDS[kind]) for kind in present],
@@ -193,10 +192,8 @@ def plot_cost(config: LSGConfig, lengths: Sequence[int], *, axes: Any = None) ->
     axes.plot(lengths, full, color=COLOURS[2], marker="o", label="full attention")
     axes.plot(lengths, ours, color=COLOURS[1], marker="o", label=f"LSG, {config.sparsity_type}")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=10)
     axes.set_xticks(list(lengths), [f"{n:,}" for n in lengths], rotation=45)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("scores of a head")
+    axes.set(xlabel="tokens", ylabel="scores of a head", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
     return axes
