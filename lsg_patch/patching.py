@@ -19,7 +19,6 @@ from lsg_patch.holders import Holder, module_of, owners_of, set_limits, stated_l
 from lsg_patch.hooking import hook_edges
 from lsg_patch.loading import CheckStateDict, check_adapters
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
-from lsg_patch.modules.layer import swap_layer
 from lsg_patch.modules.link import Link
 from lsg_patch.modules.new_rows import join, split
 from lsg_patch.modules.position_table import (
@@ -418,8 +417,6 @@ def _apply(
         # every layer its own projections; a seed gives the same ones each time
         seed = (config.seed or 0) + index
         swap_attention(module, config, family, seed, journal, plan.is_causal)
-    for module in plan.layers:
-        swap_layer(module, journal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
         journal.set_attribute(plan.embeddings, "lsg_self", Link(plan.embeddings))

@@ -166,14 +166,6 @@ class Family:
     decoder_positions: str | None = None
 
     @property
-    def layers(self) -> str | None:
-        """The modules that hold a self-attention module each, and what follows it; None: there are
-        none, the stack runs the self-attention modules themselves.
-        """
-        layers, _, rest = self.attentions.rpartition("*")
-        return f"{layers}*" if layers and rest else None
-
-    @property
     def embeds_in_stack(self) -> bool:
         """Whether the module that runs the layers also makes the embeddings of its input."""
         return self.embeddings == self.stack

@@ -6,7 +6,6 @@ tokens alone are packed.
 
 from __future__ import annotations
 
-from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -41,20 +40,6 @@ class Batch(NamedTuple):
         """Rows of the stack."""
         return self.sequences * self.size
 
-    def split(self, most: int) -> list[Batch]:
-        """The same sequences in batches of at most ``most`` rows, but of one sequence at least."""
-        each = max(1, most // self.size)
-        return [self._some(slice(at, at + each)) for at in range(0, self.sequences, each)]
-
-    def _some(self, which: slice) -> Batch:
-        def own(x: Tensor | None) -> Tensor | None:
-            return x if x is None or len(x) == 1 else x[which]
-
-        bias = self.bias
-        if bias is not None:
-            bias = bias._replace(positions=own(bias.positions))
-        return Batch(len(range(self.sequences)[which]), self.size, own(self.key_mask), bias)
-
 
 class Layout(NamedTuple):
     """How a batch lies in the stack; the layers receive it in place of a padding mask.
@@ -88,29 +73,6 @@ class Layout(NamedTuple):
             "a layer in a patched stack is not patched itself: it was put there while the model was. "
             "unpatch_model(model) first, put it there, and patch the model anew"
         )
-
-    def parts(self, most: int) -> list[tuple[slice, Layout]]:
-        """The rows of a packed stack in parts, of at most ``most`` rows where sequences allow it."""
-        parts: list[list[Batch]] = []
-        room = 0
-        for batch in chain.from_iterable(batch.split(most) for batch in self.batches):
-            if batch.rows > room:
-                parts.append([])
-                room = most
-            parts[-1].append(batch)
-            room -= batch.rows
-        ends = list(accumulate(sum(batch.rows for batch in part) for part in parts))
-        slices = [slice(start, end) for start, end in pairwise([0, *ends])]
-        return [
-            (rows, self._part(rows, tuple(batches)))
-            for rows, batches in zip(slices, parts, strict=True)
-        ]
-
-    def _part(self, rows: slice, batches: tuple[Batch, ...]) -> Layout:
-        rotation = self.rotation
-        if rotation is not None:
-            rotation = rotation[0][:, rows], rotation[1][:, rows]
-        return self._replace(rotation=rotation, batches=batches)
 
 
 class Placement(NamedTuple):
