@@ -112,8 +112,8 @@ def patch_model(
     The model stays what it is: its class, its heads, its parameters (only the position table is a
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
     In an encoder-decoder the encoder's self-attention is patched, and the decoder's position table
-    grows as the encoder's does. A decoder (``config.is_decoder``) attends block by block to what
-    stands before each token; a step that is given a cache sees all of it. Cross attention stays.
+    grows as the encoder's does. A decoder (``config.is_decoder``) attends block by block to the
+    tokens before each token; a step that is given a cache sees all of it. Cross attention stays.
     ``position_ids`` that are given are taken as they are, also beyond ``max_position_embeddings``.
     Hooks of yours inside the layer stack see its rows, [global tokens | tokens | padding]; of a
     batch that is run unpadded those of all sequences in one.

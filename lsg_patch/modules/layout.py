@@ -1,7 +1,6 @@
 """Where the tokens of an input lie in the layer stack, and back.
 
-Global tokens stand in front, padding is turned to the right side; or the real
-tokens alone are packed.
+Global tokens come first and padding is moved to the right; or only the real tokens are packed.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ class Layout(NamedTuple):
     """How a batch lies in the stack; the layers receive it in place of a padding mask.
 
     A row of the stack is [global tokens | the row's tokens from its first real one on | padding];
-    in short inputs whose first token is masked, the first global token stands in its very place.
-    Padding on the left is turned to the right side: then blocks begin where the text begins, and
-    results do not depend on how much padding there was.
+    in short inputs whose first token is masked, the first global token replaces it.
+    Padding on the left is moved to the right: then blocks begin where the text begins, and results do
+    not depend on the amount of padding.
 
     Attributes:
         key_mask: (1 or B, T) over the tokens of the stack, True where one is seen as a key; None:
@@ -80,10 +79,10 @@ class Placement(NamedTuple):
 
     Attributes:
         first: (1 or B, 1), each row's first real token.
-        tokens: (1 or B, T), the input's token in each place of the stack; what stands in a place of
-            padding means nothing.
-        stood_in: 1 where the first token gets no place, because a global token stands in for it.
-        turned: whether tokens may lie in another order than in the input.
+        tokens: (1 or B, T), the input's token at each position of the stack; at padding positions any
+            valid index.
+        stood_in: 1 where a global token replaces the first token, which then has no position.
+        turned: whether the order of tokens may differ from the input's.
     """
 
     first: Tensor
@@ -154,7 +153,7 @@ def _layout(
     position = torch.arange(length, device=tokens.device)[None]
     rows = config.num_global_tokens - stood_in + _around(position - first, length)
     if pool and config.pool_with_global and config.num_global_tokens:
-        # the first global token stands in for the first real one, and for padding before it
+        # the first global token's output is that of the first real token, and of padding before it
         rows = rows.masked_fill(position <= first, 0)
     return Layout(key_mask, rows)
 
@@ -163,8 +162,8 @@ class Packing(NamedTuple):
     """A batch of which the real tokens alone are in the stack.
 
     Attributes:
-        taken: (N,), the row of the input (B * (g + T0)) in each place of the stack; what stands in a
-            place of padding means nothing.
+        taken: (N,), the row of the input (B * (g + T0)) at each position of the stack; at padding
+            positions any valid index.
         layout: of the stack.
     """
 
@@ -200,7 +199,7 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
     for blocks, of in alike.items():
         which = torch.tensor(of, device=mask.device)[:, None]
         begins, ends = first[which], end[which]
-        # the batch that these rows would be by themselves, without what stands before and after
+        # the batch that these rows would be by themselves, without the padding around them
         turned = (begins + position[: longest[blocks]]).clamp(max=length - 1)
         own_mask = None
         if any(counts[row] != longest[blocks] for row in of):
@@ -301,7 +300,7 @@ def _enter_packed(
 
 def packing_of(mask: Tensor | None, config: LSGConfig) -> Packing | None:
     """How the input is packed, if it is to be."""
-    # in a graph the lengths of this batch would stand for those of every other one
+    # a graph would keep the lengths of this batch for every other one
     if config.unpad is False or mask is None or is_compiling():
         return None
     # up to two blocks padding, too, has the output that it has unpatched
