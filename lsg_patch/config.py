@@ -27,7 +27,7 @@ class LSGConfig:
             bos_pooling, or none. norm and pooling are best for a small factor (2 to 4), lsh for
             a large one, bos_pooling in general.
         sparse_block_size: sparse tokens seen on each side; 0 or None for none.
-        sparsity_factor: tokens that one sparse token stands for; divides both block sizes.
+        sparsity_factor: tokens per sparse token; divides both block sizes.
         num_global_tokens: trainable tokens, 0 to 512, that see and are seen by all.
         max_position_embeddings: tokens that the patched model can read.
         positions: how a learned position table becomes longer. tile: its rows are repeated, so that
