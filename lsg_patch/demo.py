@@ -220,7 +220,10 @@ def measure(options: DemoOptions) -> dict[str, Any]:
     """All the numbers of the demo, as plain data."""
     model, tokenizer = load_encoder(options.model or bundled_model())
     if not tokenizer.is_fast:
-        raise ValueError(f"--model {options.model}: its tokenizer does not say where tokens stand")
+        raise ValueError(
+            f"--model {options.model}: its tokenizer does not say where tokens stand, name a model "
+            "with a fast one"
+        )
     config = LSGConfig(
         block_size=options.block_size,
         sparsity_type=options.sparsity_type,

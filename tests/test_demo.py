@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,6 +262,14 @@ def test_a_wrong_request_is_exit_code_2_and_one_clear_line(tiny, capsys, argumen
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err and err.startswith("lsg-patch: ") and err.count("\n") == 1
+
+
+def test_a_tokenizer_that_knows_no_places_is_refused(tiny, monkeypatch, capsys):
+    model, _ = demo.load_encoder(str(tiny))
+    slow = SimpleNamespace(is_fast=False)
+    monkeypatch.setattr(demo, "load_encoder", lambda name: (model, slow))
+    assert main(["demo", "--model", str(tiny)]) == 2
+    assert "name a model with a fast one" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys):
