@@ -13,7 +13,6 @@ settings.load_profile("untimed")
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays: a patch, which asks the collector who holds a model, and
-    the collector itself need not go through it again and again."""
+    """Keep what was imported and collected out of the collector's walks: a patch does one as well."""
     gc.collect()
     gc.freeze()

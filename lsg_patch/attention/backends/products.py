@@ -131,13 +131,14 @@ def _run_operation(
     geometry: list[int],
     scale: float,
 ) -> Tensor:
+    block_size, sparse_block_size, factor, is_causal = geometry
     return block_attention(
         Blocks(
             query,
             Keys(*global_keys),
             Keys(*sparse) if sparse else None,
             Keys(*tokens),
-            Geometry(*geometry[:3], bool(geometry[3])),
+            Geometry(block_size, sparse_block_size, factor, bool(is_causal)),
             scale,
             global_output=global_output,
         )
