@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lsg_patch.attention import Geometry, check_backend, make_geometry
+from lsg_patch.attention.geometry import MOST, check_bool, check_int
+from lsg_patch.attention.sparsity import MOST_ROUNDS, MOST_SEED
 
 MAX_GLOBAL_TOKENS = 512
 POSITION_NAMES = ("tile", "interpolate")
@@ -90,38 +92,38 @@ class LSGConfig:
         self.geometry()
         for name, least, most in (
             ("num_global_tokens", 0, MAX_GLOBAL_TOKENS),
-            ("max_position_embeddings", 1, None),
-            ("lsh_num_pre_rounds", 0, None),
-            ("global_positional_stride", 1, None),
+            ("max_position_embeddings", 1, MOST),
+            ("lsh_num_pre_rounds", 0, MOST_ROUNDS),
+            ("global_positional_stride", 1, MOST),
         ):
-            _check_int(name, getattr(self, name), least, most)
+            check_int(name, getattr(self, name), least, most)
         for name in (
             "pool_with_global",
             "adaptive",
             "pass_global_tokens_to_decoder",
             "random_global_init",
         ):
-            _check_bool(name, getattr(self, name))
+            check_bool(name, getattr(self, name))
         for name in ("mask_first_token", "unpad"):
             if getattr(self, name) is not None:
-                _check_bool(name, getattr(self, name))
+                check_bool(name, getattr(self, name))
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, None)
+            check_int("seed", self.seed, 0, MOST_SEED)
         rate = self.attention_probs_dropout_prob
-        if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < 1):
+        if rate is not None and not (type(rate) in (int, float) and 0 <= rate < 1):
             raise ValueError(
                 f"attention_probs_dropout_prob must be in [0, 1) or None, not {rate!r}"
             )
-        if self.positions not in POSITION_NAMES:
+        if not isinstance(self.positions, str) or self.positions not in POSITION_NAMES:
             raise ValueError(
                 f"positions must be one of {', '.join(POSITION_NAMES)}, not {self.positions!r}"
             )
-        if self.position_period not in (None, TRAINED):
-            name = f'position_period (if not None or "{TRAINED}")'
-            _check_int(name, self.position_period, 1, None)
-        if self.position_period is not None and self.positions != "tile":
+        period = self.position_period
+        if period is not None and not (isinstance(period, str) and period == TRAINED):
+            check_int(f'position_period (if not None or "{TRAINED}")', period, 1)
+        if period is not None and self.positions != "tile":
             raise ValueError(
-                f"position_period={self.position_period!r} with positions={self.positions!r}, which "
+                f"position_period={period!r} with positions={self.positions!r}, which "
                 'repeats no rows: pass positions="tile" or position_period=None'
             )
         check_backend(self.backend)
@@ -160,6 +162,8 @@ class LSGConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LSGConfig:
         """From ``to_dict``, or from the config of a reference LSG model; other keys are left out."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"settings must be a dictionary, as to_dict gives it, not {values!r}")
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
 
@@ -208,7 +212,7 @@ class SavedPatch:
             )
         rest = dict(values)
         form = rest.pop("format_version", None)
-        _check_int(f"{where}: format_version", form, 1, None)
+        check_int(f"{where}: format_version", form, 1)
         if form > FORMAT:
             raise ValueError(
                 f"{where} of format_version {form}, this lsg_patch reads up to {FORMAT}: "
@@ -217,7 +221,7 @@ class SavedPatch:
         more = {name: rest.pop(name, None) for name in ("global_reach", "bos_id")}
         for name, least in (("global_reach", 1), ("bos_id", 0)):
             if more[name] is not None:
-                _check_int(f"{where}: {name}", more[name], least, None)
+                check_int(f"{where}: {name}", more[name], least)
         unknown = rest.keys() - {field.name for field in dataclasses.fields(LSGConfig)}
         if unknown:
             raise ValueError(
@@ -228,15 +232,3 @@ class SavedPatch:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where} with a wrong setting: {error}") from error
         return cls(LSGConfig(**{**rest, **changed}), **more)
-
-
-def _check_int(name: str, value: object, least: int, most: int | None) -> None:
-    right = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if not right or (most is not None and isinstance(value, int) and value > most):
-        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {bounds}, not {value!r}")
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, not {value!r}")
