@@ -165,14 +165,8 @@ def _in_a_process(model: Any, expected: torch.Tensor, queue: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.parametrize("sparsity_type", ["lsh"])
-def test_another_process_gives_the_same(
-    method: str, sparsity_type: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_process_gives_the_same(method: str) -> None:
     """A patched model that a child inherits, or gets as a pickle: used, reverted and patched anew."""
-    monkeypatch.setitem(SETTINGS, "sparsity_type", sparsity_type)
-    if method == "spawn":  # the child reads the settings anew
-        monkeypatch.setitem(SETTINGS, "sparsity_type", "norm")
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip("this system cannot fork")
     model = patched_model("bert")
@@ -185,4 +179,6 @@ def test_another_process_gives_the_same(
     assert process.exitcode == 0
     assert queue.get() == [True, True]
     assert lsg_patch.is_patched(model)
-    assert torch.equal(run(model, ids_like(MASKS[0], "bert"), MASKS[0])["last_hidden_state"], expected)
+    assert torch.equal(
+        run(model, ids_like(MASKS[0], "bert"), MASKS[0])["last_hidden_state"], expected
+    )
