@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lsg_patch.attention import Geometry, check_backend, make_geometry
-from lsg_patch.attention.geometry import MOST, check_bool, check_int
+from lsg_patch.attention.geometry import check_int
 from lsg_patch.attention.sparsity import MOST_ROUNDS, MOST_SEED
 
 MAX_GLOBAL_TOKENS = 512
@@ -29,7 +29,7 @@ class LSGConfig:
             bos_pooling, or none. norm and pooling are best for a small factor (2 to 4), lsh for
             a large one, bos_pooling in general.
         sparse_block_size: sparse tokens seen on each side; 0 or None for none.
-        sparsity_factor: tokens that one sparse token stands for; divides both block sizes.
+        sparsity_factor: tokens per sparse token; divides both block sizes.
         num_global_tokens: trainable tokens, 0 to 512, that see and are seen by all.
         max_position_embeddings: tokens that the patched model can read.
         positions: how a learned position table becomes longer. tile: its rows are repeated, so that
@@ -90,25 +90,17 @@ class LSGConfig:
         if self.sparsity_type is None:
             object.__setattr__(self, "sparsity_type", "none")
         self.geometry()
-        for name, least, most in (
-            ("num_global_tokens", 0, MAX_GLOBAL_TOKENS),
-            ("max_position_embeddings", 1, MOST),
-            ("lsh_num_pre_rounds", 0, MOST_ROUNDS),
-            ("global_positional_stride", 1, MOST),
-        ):
-            check_int(name, getattr(self, name), least, most)
-        for name in (
-            "pool_with_global",
-            "adaptive",
-            "pass_global_tokens_to_decoder",
-            "random_global_init",
-        ):
-            check_bool(name, getattr(self, name))
-        for name in ("mask_first_token", "unpad"):
-            if getattr(self, name) is not None:
-                check_bool(name, getattr(self, name))
+        check_int("num_global_tokens", self.num_global_tokens, 0, MAX_GLOBAL_TOKENS)
+        check_int("max_position_embeddings", self.max_position_embeddings, 1)
+        check_int("lsh_num_pre_rounds", self.lsh_num_pre_rounds, 0, MOST_ROUNDS)
+        check_int("global_positional_stride", self.global_positional_stride, 1)
         if self.seed is not None:
             check_int("seed", self.seed, 0, MOST_SEED)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            may_be_none = field.default is None and value is None
+            if field.type.startswith("bool") and type(value) is not bool and not may_be_none:
+                raise ValueError(f"{field.name} must be True or False, not {value!r}")
         rate = self.attention_probs_dropout_prob
         if rate is not None and not (type(rate) in (int, float) and 0 <= rate < 1):
             raise ValueError(
@@ -127,15 +119,24 @@ class LSGConfig:
                 'repeats no rows: pass positions="tile" or position_period=None'
             )
         check_backend(self.backend)
-        if self.mask_first_token:
-            self._check_first_token()
-        if self.unpad is None and not self.adaptive:
-            object.__setattr__(self, "unpad", False)
+        if self.mask_first_token and self.num_global_tokens == 0:
+            raise ValueError(
+                "mask_first_token=True with num_global_tokens=0: no global token stands in for the "
+                "first token; pass num_global_tokens=1 or mask_first_token=False"
+            )
+        if self.mask_first_token and not self.pool_with_global:
+            raise ValueError(
+                "the first token is masked (mask_first_token, by default where inputs begin with "
+                "cls or bos) and pool_with_global=False would give nothing in its place; pass "
+                "mask_first_token=False or pool_with_global=True"
+            )
         if self.unpad and not self.adaptive:
             raise ValueError(
                 "unpad=True with adaptive=False: rows that are packed are of any length; pass "
                 "adaptive=True or unpad=False"
             )
+        if not self.adaptive:
+            object.__setattr__(self, "unpad", False)
 
     def geometry(self) -> Geometry:
         """The shape of the attention that these settings ask for."""
@@ -144,11 +145,7 @@ class LSGConfig:
         )
 
     def with_family_default(self, mask_first_token: bool) -> LSGConfig:
-        """These settings with ``mask_first_token=None`` replaced by what suits a family.
-
-        Raises:
-            ValueError: the first token would be masked, and nothing would take its place.
-        """
+        """These settings with ``mask_first_token=None`` replaced by what suits a family."""
         if self.mask_first_token is not None:
             return self
         # without a global token there is nothing that could stand in for the first one
@@ -166,19 +163,6 @@ class LSGConfig:
             raise ValueError(f"settings must be a dictionary, as to_dict gives it, not {values!r}")
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
-
-    def _check_first_token(self) -> None:
-        if self.num_global_tokens == 0:
-            raise ValueError(
-                "mask_first_token=True with num_global_tokens=0: no global token stands in for the "
-                "first token; pass num_global_tokens=1 or mask_first_token=False"
-            )
-        if not self.pool_with_global:
-            raise ValueError(
-                "the first token is masked (mask_first_token, by default where inputs begin with "
-                "cls or bos) and pool_with_global=False would give nothing in its place; pass "
-                "mask_first_token=False or pool_with_global=True"
-            )
 
 
 @dataclass(frozen=True)
@@ -222,13 +206,8 @@ class SavedPatch:
         for name, least in (("global_reach", 1), ("bos_id", 0)):
             if more[name] is not None:
                 check_int(f"{where}: {name}", more[name], least)
-        unknown = rest.keys() - {field.name for field in dataclasses.fields(LSGConfig)}
-        if unknown:
-            raise ValueError(
-                f"{where} with {min(unknown, key=str)!r}, which is no setting: take it out"
-            )
         try:
             LSGConfig(**rest)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where} with a wrong setting: {error}") from error
+            raise ValueError(f"{where} with a wrong setting: {error}. Take it out") from error
         return cls(LSGConfig(**{**rest, **changed}), **more)

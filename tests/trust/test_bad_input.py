@@ -219,7 +219,7 @@ CASES = [
             (None, "must be a dictionary: save the model again"),
             ({}, "format_version must be"),
             ({"format_version": 99}, "pip install --upgrade lsg-patch"),
-            ({"format_version": 1, 5: 5}, "5, which is no setting: take it out"),
+            ({"format_version": 1, 5: 5}, "wrong setting: keywords must be strings. Take it out"),
             ({"format_version": 1, "bos_id": -1}, f"bos_id {WHOLE}"),
             ({"format_version": 1, "block_size": 0}, "wrong setting: block_size"),
         )
