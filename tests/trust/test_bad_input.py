@@ -352,7 +352,7 @@ CASES = [
         "from_pretrained with its code",
         lambda x: lsg_patch.from_pretrained(x.checkpoint, trust_remote_code=True),
         ValueError,
-        "no code of a checkpoint is run here; leave it out",
+        "no code of a checkpoint is run; leave it out",
     ),
     call(
         "convert into what is there",

@@ -22,7 +22,7 @@ from tests.tokenizers import tokenizer_like
 
 SETTINGS: dict[str, Any] = {"block_size": 8, "sparse_block_size": 8, "max_position_embeddings": 999}
 # the whole of it takes minutes
-CYCLES, FORWARDS = (500, 2000) if "LSG_LONG_TESTS" in os.environ else (60, 400)
+CYCLES, FORWARDS = (500, 2000) if "LSG_LONG_TESTS" in os.environ else (60, 240)
 KIB = 1024
 
 

@@ -114,12 +114,15 @@ def test_rounding_of_flex(dtype: torch.dtype) -> None:
 MASKS = {"all": slice(0, None), "one": slice(3, 4), "none": slice(0, 0), "right": slice(0, 40)}
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [*((dtype, 1.0) for dtype in DTYPES), *((dtype, 1e4) for dtype in DTYPES[1:])],
+)
 @pytest.mark.parametrize("backend", ["dense", "sdpa"])
 def test_nothing_is_infinite(backend: str, dtype: torch.dtype, scale: float) -> None:
     """Around 1 to 10 blocks, with a row of padding alone and one of a single token, and no rows."""
-    for tokens in [8 * blocks + more for blocks in (1, 2, 3, 4, 7, 10) for more in (-1, 0, 1)]:
+    lengths = [8 * blocks + more for blocks in range(1, 11) for more in (-1, 0, 1)]
+    for i, tokens in enumerate(lengths):
         inputs = [x.clamp(-2 * scale, 2 * scale) for x in drawn(dtype, tokens, len(MASKS), scale)]
         mask = torch.zeros(len(MASKS), tokens)
         for row, seen in zip(mask, MASKS.values(), strict=True):
@@ -129,7 +132,7 @@ def test_nothing_is_infinite(backend: str, dtype: torch.dtype, scale: float) -> 
         of_full = F.scaled_dot_product_attention(*full, shown)
         gradients = torch.autograd.grad(of_full.float().mean(), full)
         assert all(x.isfinite().all() for x in (of_full, *gradients))  # else nothing is asked
-        for sparsity_type in SPARSITY_TYPES:
+        for sparsity_type in SPARSITY_TYPES[(i + i // 3) % 4 :: 4]:
             of_type = partial(lsg_attention, **settings_of(sparsity_type), backend=backend)
             out = of_type(*full, mask)
             gradients = torch.autograd.grad(out.float().mean(), full)
