@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from lsg_patch.attention.geometry import check_int
 from lsg_patch.families import find_base
 from lsg_patch.holders import Holder, module_of, tokenizer_in
 from lsg_patch.offloading import device_of
@@ -127,14 +128,13 @@ def chunk_embeddings(
 def _check(
     tokenizer: Any, texts: Any, chunk_tokens: int, overlap: int, boundaries: Any, batch_size: int
 ) -> None:
-    if isinstance(texts, str):
-        raise ValueError("texts is one string: pass a list of them, [text]")
-    if chunk_tokens < 1 or not 0 <= overlap < chunk_tokens or batch_size < 1:
-        raise ValueError(
-            f"chunk_tokens={chunk_tokens}, overlap={overlap}, batch_size={batch_size}: pass at least one "
-            "token and text, and an overlap from 0 to less than chunk_tokens"
-        )
-    if isinstance(boundaries, str) and boundaries not in ("tokens", "sentences"):
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise ValueError(f"texts is {texts!r:.40}: pass a list of them, [text]")
+    check_int("chunk_tokens", chunk_tokens, 1)
+    check_int("overlap", overlap, 0, chunk_tokens - 1)
+    check_int("batch_size", batch_size, 1)
+    named = isinstance(boundaries, str) and boundaries in ("tokens", "sentences")
+    if not named and (isinstance(boundaries, str) or not isinstance(boundaries, Sequence)):
         raise ValueError(f'boundaries={boundaries!r}: pass "tokens", "sentences" or spans')
     if not isinstance(boundaries, str) and len(boundaries) != len(texts):
         raise ValueError(

@@ -310,8 +310,8 @@ def _load(name: str) -> tuple[Any, Any]:
     _without_bars()
     try:
         return AutoModel.from_pretrained(name).eval(), tokenizer_at(name)[0]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {name!r}: {error}") from error
+    except Exception as error:  # a wrong config fails anywhere in transformers
+        raise ValueError(f"cannot load {name!r}: {type(error).__name__}: {error}") from error
 
 
 def _without_bars() -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lsg_patch.attention import Geometry, check_backend, make_geometry
+from lsg_patch.attention.geometry import check_int
+from lsg_patch.attention.sparsity import MOST_ROUNDS, MOST_SEED
 
 MAX_GLOBAL_TOKENS = 512
 POSITION_NAMES = ("tile", "interpolate")
@@ -88,31 +90,32 @@ class LSGConfig:
         if self.sparsity_type is None:
             object.__setattr__(self, "sparsity_type", "none")
         self.geometry()
-        _check_int("num_global_tokens", self.num_global_tokens, 0, MAX_GLOBAL_TOKENS)
-        _check_int("max_position_embeddings", self.max_position_embeddings, 1)
-        _check_int("lsh_num_pre_rounds", self.lsh_num_pre_rounds, 0)
-        _check_int("global_positional_stride", self.global_positional_stride, 1)
+        check_int("num_global_tokens", self.num_global_tokens, 0, MAX_GLOBAL_TOKENS)
+        check_int("max_position_embeddings", self.max_position_embeddings, 1)
+        check_int("lsh_num_pre_rounds", self.lsh_num_pre_rounds, 0, MOST_ROUNDS)
+        check_int("global_positional_stride", self.global_positional_stride, 1)
         if self.seed is not None:
-            _check_int("seed", self.seed, 0)
+            check_int("seed", self.seed, 0, MOST_SEED)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             may_be_none = field.default is None and value is None
             if field.type.startswith("bool") and type(value) is not bool and not may_be_none:
                 raise ValueError(f"{field.name} must be True or False, not {value!r}")
         rate = self.attention_probs_dropout_prob
-        if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < 1):
+        if rate is not None and not (type(rate) in (int, float) and 0 <= rate < 1):
             raise ValueError(
                 f"attention_probs_dropout_prob must be in [0, 1) or None, not {rate!r}"
             )
-        if self.positions not in POSITION_NAMES:
+        if not isinstance(self.positions, str) or self.positions not in POSITION_NAMES:
             raise ValueError(
                 f"positions must be one of {', '.join(POSITION_NAMES)}, not {self.positions!r}"
             )
-        if self.position_period not in (None, TRAINED):
-            _check_int(f'position_period (if not None or "{TRAINED}")', self.position_period, 1)
-        if self.position_period is not None and self.positions != "tile":
+        period = self.position_period
+        if period is not None and not (isinstance(period, str) and period == TRAINED):
+            check_int(f'position_period (if not None or "{TRAINED}")', period, 1)
+        if period is not None and self.positions != "tile":
             raise ValueError(
-                f"position_period={self.position_period!r} with positions={self.positions!r}, which "
+                f"position_period={period!r} with positions={self.positions!r}, which "
                 'repeats no rows: pass positions="tile" or position_period=None'
             )
         check_backend(self.backend)
@@ -156,6 +159,8 @@ class LSGConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LSGConfig:
         """From ``to_dict``, or from the config of a reference LSG model; other keys are left out."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"settings must be a dictionary, as to_dict gives it, not {values!r}")
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
 
@@ -191,7 +196,7 @@ class SavedPatch:
             )
         rest = dict(values)
         form = rest.pop("format_version", None)
-        _check_int(f"{where}: format_version", form, 1)
+        check_int(f"{where}: format_version", form, 1)
         if form > FORMAT:
             raise ValueError(
                 f"{where} of format_version {form}, this lsg_patch reads up to {FORMAT}: "
@@ -200,15 +205,9 @@ class SavedPatch:
         more = {name: rest.pop(name, None) for name in ("global_reach", "bos_id")}
         for name, least in (("global_reach", 1), ("bos_id", 0)):
             if more[name] is not None:
-                _check_int(f"{where}: {name}", more[name], least)
+                check_int(f"{where}: {name}", more[name], least)
         try:
             LSGConfig(**rest)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where} with a wrong setting: {error}. Take it out") from error
         return cls(LSGConfig(**{**rest, **changed}), **more)
-
-
-def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if type(value) is not int or value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {bounds}, not {value!r}")

@@ -23,6 +23,7 @@ from lsg_patch.patching import (
 )
 from lsg_patch.published import PREFIX
 from lsg_patch.tokenizer import find_token_ids, tokenizer_at
+from lsg_patch.weights import Source
 
 # the reference's script takes them
 LENGTH, SEED = 4096, 123
@@ -82,7 +83,7 @@ def convert(
         TypeError: the model is of no family that can be patched.
         OSError: there is no such source, or ``out`` cannot be written.
     """
-    path, folder = os.fspath(source), os.fspath(out)
+    path, folder = Source.of(source, {}).path, os.fspath(out)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(
             f"out={folder!r} exists and is not empty: name another folder, or empty it"

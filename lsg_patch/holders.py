@@ -31,11 +31,19 @@ class Holder(Protocol):
 
 
 def module_of(holder: Any) -> Any:
-    """The module that a pipeline holds; anything else is given back as it is."""
-    if isinstance(holder, nn.Module) or not hasattr(holder, "tokenizer"):
-        return holder
-    model = getattr(holder, "model", None)
-    return model if isinstance(model, nn.Module) else holder
+    """``holder`` itself, or the module that a pipeline holds.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found = holder
+    if not isinstance(holder, nn.Module) and hasattr(holder, "tokenizer"):
+        found = getattr(holder, "model", None)
+    if not isinstance(found, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, or a pipeline that holds one, not {type(holder).__name__}"
+        )
+    return found
 
 
 def owners_of(holder: Any, base: nn.Module) -> list[Any]:

@@ -38,6 +38,7 @@ from lsg_patch.plan import (
     learned_tables,
     make_plan,
 )
+from lsg_patch.tokenizer import is_tokenizer
 from lsg_patch.undo import HookAdded, Journal, record_of, records_of
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,11 @@ def patch_with(
     """
     module = module_of(model)
     base, family = find_base(module)
+    if tokenizer is not None and not is_tokenizer(tokenizer):
+        raise TypeError(
+            f"tokenizer must be the model's tokenizer or None, not {tokenizer!r}: pass "
+            "AutoTokenizer.from_pretrained(...)"
+        )
     if any(True for _ in records_of(base)):
         raise ValueError(
             f"{type(base).__name__}, or a module in it, is patched already: unpatch_model(model) first, "
@@ -301,7 +307,8 @@ def freeze_except(model: Model, *parts: str) -> Model:
     Raises:
         ValueError: there is no such part, the model lacks it, or two do not fit; nothing is changed.
     """
-    if not parts or not set(parts) <= set(PARTS) or {"positions", "new_positions"} <= set(parts):
+    known = parts and all(isinstance(part, str) and part in PARTS for part in parts)
+    if not known or {"positions", "new_positions"} <= set(parts):
         raise ValueError(
             f"freeze_except: pass some of {', '.join(PARTS)}, of the two positions only one, not {parts!r}"
         )

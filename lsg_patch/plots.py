@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsg_patch.attention import lsg_attention
+from lsg_patch.attention.geometry import check_int
 from lsg_patch.config import LSGConfig
 from lsg_patch.costs import scores
 from lsg_patch.families import find_base, find_modules
@@ -20,6 +21,7 @@ from lsg_patch.patching import get_config
 KINDS = ("not seen", "local", "sparse", "global", "hidden")
 COLOURS = ("#f4f4f4", "#4c72b0", "#dd8452", "#55a868", "#bdbdbd")
 HEADS, HEAD_SIZE = 4, 32  # of attention over random numbers
+MOST_LENGTH = 1 << 14  # of a picture, which has a point for each pair of tokens
 
 
 def pattern(
@@ -44,6 +46,7 @@ def pattern(
     Raises:
         ValueError: the model is not patched, or has no such layer or head.
     """
+    check_int("length", length, 1, MOST_LENGTH)
     if isinstance(model_or_config, LSGConfig):
         config = model_or_config
         shares = _random_shares(config, length, head)
@@ -70,8 +73,7 @@ def _one_hot(key: Tensor) -> list[Tensor]:
 
 
 def _random_shares(config: LSGConfig, length: int, head: int) -> Tensor:
-    if not 0 <= head < HEADS:
-        raise ValueError(f"head={head} must be from 0 to {HEADS - 1}: random numbers have {HEADS}")
+    check_int("head", head, 0, HEADS - 1)
     rows = config.num_global_tokens + length
     generator = torch.Generator().manual_seed(config.seed or 0)
     query, key = torch.randn(2, 1, HEADS, rows, HEAD_SIZE, generator=generator)
@@ -100,8 +102,7 @@ def _shares_of_layer(
     modules = find_modules(base, family.attentions)
     heads = int(getattr(modules[0], family.names.heads))
     for name, value, count in (("layer", layer, len(modules)), ("head", head, heads)):
-        if not 0 <= value < count:
-            raise ValueError(f"{name}={value} must be from 0 to {count - 1}")
+        check_int(name, value, 0, count - 1)
     stated: Any = base.config
     if input_ids is None:
         generator = torch.Generator().manual_seed(0)
@@ -155,8 +156,7 @@ def plot_pattern(
     is_config = isinstance(model_or_config, LSGConfig)
     config: Any = model_or_config if is_config else get_config(model_or_config)  # type: ignore[arg-type]
     if query is not None:
-        if not 0 <= query < length:
-            raise ValueError(f"query={query} must be from 0 to {length - 1}")
+        check_int("query", query, 0, length - 1)
         row = config.num_global_tokens + query
         found = found[row : row + 1]
     axes = _axes(axes)

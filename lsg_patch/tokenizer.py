@@ -15,6 +15,11 @@ MASK = ("mask_token_id",)
 _OF_TOKENIZERS = re.compile(r"^(tokenizer|vocab|.*spiece|.*sentencepiece|.*bpe)")
 
 
+def is_tokenizer(x: Any) -> bool:
+    """Whether it says anything that is asked of one."""
+    return any(hasattr(x, name) for name in ("model_max_length", *BOS, *MASK))
+
+
 def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, int | None]:
     """Ids of the cls/bos token and of the mask token (None where it is not needed).
 

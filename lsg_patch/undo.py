@@ -61,17 +61,18 @@ class Journal(Change):
         return next(filter(None, (change.hindrance() for change in self.changes)), None)
 
     def undo(self) -> None:
-        """Take everything back, the last change first; what fails stays and does not keep the rest."""
+        """Take everything back, the last change first; what fails stays and does not keep the rest.
+
+        Where that is interrupted another call completes it: no change is forgotten before it is undone,
+        and to undo one twice is to undo it once.
+        """
         failed: Exception | None = None
-        left: list[Change] = []
-        while self.changes:
-            change = self.changes.pop()
+        for at in reversed(range(len(self.changes))):
             try:
-                change.undo()
+                self.changes[at].undo()
+                del self.changes[at]
             except Exception as error:
-                left.insert(0, change)
                 failed = failed or error
-        self.changes = left
         if failed is not None:
             raise failed
         vars(self.owner).pop(RECORD, None)

@@ -44,6 +44,8 @@ class Source:
     @classmethod
     def of(cls, path: str | os.PathLike[str], given: Mapping[str, Any]) -> Source:
         """With the keywords ``given`` to a ``from_pretrained``, of which others are left out."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"name a folder or a repository of the hub, not {path!r}")
         hub = {name: given[name] for name in HUB_NAMES if given.get(name) is not None}
         return cls(os.fspath(path), hub, given.get("variant"), given.get("use_safetensors"))
 

@@ -149,9 +149,9 @@ def test_a_pipeline_has_its_tokenizer(tokenizer: Any) -> None:
     ("given", "message"),
     [
         ({"texts": "w5"}, r"pass a list of them, \[text\]"),
-        ({"chunk_tokens": 0}, "chunk_tokens=0"),
-        ({"overlap": 256}, "overlap=256.*less than chunk_tokens"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be .* 1 to .*, not 0"),
+        ({"overlap": 256}, "overlap must be .* 0 to 255, not 256"),
+        ({"batch_size": 0}, "batch_size must be .* 1 to .*, not 0"),
         ({"boundaries": "words"}, "boundaries='words': pass"),
         ({"boundaries": [[], []]}, "spans of 2 texts, not of 1"),
         ({"boundaries": [[(2, 3)]]}, r"no token ends in \(2, 3\) of 'w5 w6'"),

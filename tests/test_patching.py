@@ -544,14 +544,14 @@ class TestRefusals:
         ("settings", "message"),
         [
             ({"sparsity_type": "best"}, "sparsity_type must be one of norm"),
-            ({"block_size": 0}, "block_size must be a whole number of at least 1"),
+            ({"block_size": 0}, "block_size must be a whole number from 1"),
             (
                 {"block_size": 10, "sparsity_factor": 4},
                 "block_size=10 must be a multiple of sparsity_factor=4: pass block_size=12, or",
             ),
             ({"block_size": 33}, "pass block_size=34, or a factor that divides it, such as 1"),
             ({"sparse_block_size": 9}, "sparse_block_size=9 must be a multiple"),
-            ({"sparse_block_size": -2}, "sparse_block_size must be a whole number of at least 0"),
+            ({"sparse_block_size": -2}, "sparse_block_size must be a whole number from 0"),
             ({"sparsity_factor": -2}, "sparsity_factor must be"),
             ({"sparsity_type": "none", "sparse_block_size": -4}, "sparse_block_size must be"),
             ({"num_global_tokens": 513}, "num_global_tokens must be a whole number from 0 to 512"),

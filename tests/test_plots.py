@@ -123,12 +123,16 @@ def test_the_cost_is_drawn_against_full_attention() -> None:
     ("make", "options", "message"),
     [
         (lambda: tiny_model("bert"), {}, "not patched"),
-        (lambda: config_of("norm"), {"head": 4}, "head=4 must be from 0 to 3"),
-        (lambda: config_of("norm"), {"query": 61}, "query=61 must be from 0 to 60"),
+        (lambda: config_of("norm"), {"head": 4}, "head must be a whole number from 0 to 3, not 4"),
+        (
+            lambda: config_of("norm"),
+            {"query": 61},
+            "query must be a whole number from 0 to 60, not 61",
+        ),
         (
             lambda: lsg_patch.patch_model(tiny_model("bert")),
             {"layer": 2},
-            "layer=2 must be from 0 to 1",
+            "layer must be a whole number from 0 to 1, not 2",
         ),
     ],
     ids=["plain", "head", "query", "layer"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -115,13 +116,16 @@ def memory_like(x: Tensor, length: int) -> Tensor:
 def additive(mask: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """A boolean mask as what is added to scores: ``bias`` (or 0) where True, a penalty elsewhere.
 
-    It is half of the least finite number: a row in which nothing is seen then stays finite in every
-    dtype, where the least number itself would overflow to -inf and its softmax to NaN.
+    It is half of the least finite number: a row in which nothing is seen then stays finite, where the
+    least number itself would overflow to -inf and its softmax to NaN. Scores of float16 may be greater
+    than that, so there it is -inf, but in rows in which nothing is seen: these see everything.
     """
-    penalty = torch.finfo(dtype).min / 2
+    hidden, penalty = ~mask, torch.finfo(dtype).min / 2
+    if dtype == torch.float16:
+        hidden, penalty = hidden & mask.any(-1, keepdim=True), -math.inf
     if bias is not None:
-        return bias.masked_fill(~mask, penalty)
-    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, penalty)
+        return bias.masked_fill(hidden, penalty)
+    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(hidden, penalty)
 
 
 def take_rows(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

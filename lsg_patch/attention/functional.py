@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from lsg_patch.attention.backends import dense, flex, sdpa
 from lsg_patch.attention.bias import RelativeBias
 from lsg_patch.attention.blocks import Blocks, Keys, joined
 from lsg_patch.attention.compiling import is_compiling, is_exporting
-from lsg_patch.attention.geometry import Geometry
+from lsg_patch.attention.geometry import Geometry, check_bool, check_int
 from lsg_patch.attention.sparsity import (
     SPARSITY_TYPES,
     SelectionInputs,
@@ -73,22 +74,18 @@ def make_geometry(
     Raises:
         ValueError: a size is negative or not divisible by the factor, or the type is unknown.
     """
-    if sparsity_type is not None and sparsity_type not in SPARSITY_TYPES:
+    is_name = isinstance(sparsity_type, str) and sparsity_type in SPARSITY_TYPES
+    if sparsity_type is not None and not is_name:
         raise ValueError(
             f"sparsity_type must be one of {', '.join(SPARSITY_TYPES)}, not {sparsity_type!r}"
         )
-    off = sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor
     # checked also where the part is off: a negative size is never meant
-    if isinstance(sparse_block_size, int) and sparse_block_size < 0:
-        raise ValueError(
-            f"sparse_block_size must be a whole number of at least 0, not {sparse_block_size}"
-        )
-    checked = Geometry(block_size, 0, sparsity_factor or 1, is_causal)
-    return (
-        checked
-        if off
-        else Geometry(block_size, sparse_block_size or 0, checked.sparsity_factor, is_causal)
-    )
+    size = 0 if sparse_block_size is None else sparse_block_size
+    factor = 0 if sparsity_factor is None else sparsity_factor
+    for name, value in (("sparse_block_size", size), ("sparsity_factor", factor)):
+        check_int(name, value, 0)
+    off = sparsity_type in (None, "none") or not size or not factor
+    return Geometry(block_size, 0 if off else size, factor or 1, is_causal)
 
 
 def lsg_attention(
@@ -166,13 +163,24 @@ def lsg_attention(
     geometry = make_geometry(
         block_size, sparse_block_size, sparsity_factor, sparsity_type, is_causal
     )
+    for name, flag in (("is_causal", is_causal), ("first_token_global", first_token_global)):
+        check_bool(name, flag)
+    _check_numbers(dropout_p, scale)
     _check_tensors(query, key, value, padding_mask, num_global_tokens, is_causal)
     query, key, value = (_as_autocast(x) for x in (query, key, value))
-    if choose_by is not None and choose_by.shape != query.shape:
-        raise ValueError(
-            f"choose_by must have the shape of query, {tuple(query.shape)}, not "
-            f"{tuple(choose_by.shape)}"
-        )
+    for name, x in (("key", key), ("value", value)):
+        if (x.dtype, x.device) != (query.dtype, query.device):
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, query {query.dtype} on {query.device}: "
+                "they must be alike"
+            )
+    if choose_by is not None:
+        _check_floats("choose_by", choose_by)
+        if choose_by.shape != query.shape:
+            raise ValueError(
+                f"choose_by must have the shape of query, {tuple(query.shape)}, not "
+                f"{tuple(choose_by.shape)}"
+            )
     if relative_bias is not None:
         _check_bias(relative_bias, key, num_global_tokens)
         relative_bias = relative_bias._replace(table=relative_bias.table.to(query.dtype))
@@ -185,7 +193,9 @@ def lsg_attention(
         shapes = projection_shapes(geometry, query.shape[1], query.shape[3], lsh_num_pre_rounds)
         if lsh_projections is None:
             lsh_projections = draw_projections(shapes, seed)
-        given = [tuple(projection.shape) for projection in lsh_projections]
+        given: object = lsh_projections
+        if isinstance(lsh_projections, (list, tuple)):
+            given = [tuple(getattr(projection, "shape", ())) for projection in lsh_projections]
         if shapes and given != shapes:
             raise ValueError(f"lsh_projections must be of the shapes {shapes}, not {given}")
     settings = _Settings(
@@ -200,7 +210,7 @@ def lsg_attention(
     )
     mask = None
     if padding_mask is not None:
-        mask = padding_mask.to(torch.bool).expand(query.shape[0], -1)
+        mask = seen_by(padding_mask, "padding_mask").expand(query.shape[0], -1)
     if first_token_global:
         return _with_first_token_global(query, key, value, mask, settings)
     return _attention(query, key, value, mask, mask, num_global_tokens, settings)
@@ -370,9 +380,40 @@ def _with_first_token_global(
     return torch.cat([out[:, :, :1], out[:, :, 2:]], dim=2)
 
 
+def _check_floats(name: str, x: object) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor of floating point numbers, not {kind}")
+
+
+def _check_numbers(dropout_p: object, scale: object) -> None:
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be a number from 0 to 1, not {dropout_p!r}")
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number or None, not {scale!r}")
+
+
+def seen_by(mask: Tensor, name: str) -> Tensor:
+    """A padding mask, 0 where a token is hidden, as booleans.
+
+    Raises:
+        ValueError: it is one to be added to scores, 0 where a token is seen.
+    """
+    can_look = mask.is_floating_point() and not is_compiling() and not mask.is_meta
+    if can_look and not bool((mask >= 0).all()):
+        raise ValueError(
+            f"{name} must be 1 for tokens and 0 for padding, and has {mask.min().item()}: a mask that is "
+            "added to scores says it the other way round; pass (mask == 0)"
+        )
+    return mask.to(torch.bool)
+
+
 def _check_bias(bias: RelativeBias, key: Tensor, num_global: int) -> None:
     batch, heads, rows, _ = key.shape
+    if not isinstance(bias, RelativeBias):
+        raise ValueError(f"relative_bias must be a RelativeBias, not {type(bias).__name__}")
     table, positions = bias
+    _check_floats("relative_bias.table", table)
     if table.dim() != 2 or table.shape[0] != heads or table.shape[1] % 2 == 0:
         raise ValueError(
             f"relative_bias.table must be (H, 2 * m + 1) with H = {heads}, not of shape "
@@ -382,6 +423,10 @@ def _check_bias(bias: RelativeBias, key: Tensor, num_global: int) -> None:
         raise ValueError(
             f"relative_bias.positions is needed with num_global_tokens={num_global}: pass those of all rows"
         )
+    if positions is not None and (
+        not isinstance(positions, Tensor) or positions.is_floating_point()
+    ):
+        raise ValueError("relative_bias.positions must be a tensor of whole numbers")
     if positions is not None and positions.shape not in ((1, rows), (batch, rows)):
         raise ValueError(
             f"relative_bias.positions must be (B, N) = {(batch, rows)}, or (1, N), not of shape "
@@ -397,7 +442,10 @@ def _check_tensors(
     num_global: int,
     is_causal: bool,
 ) -> None:
-    if query.dim() != 4:
+    check_int("num_global_tokens", num_global, 0)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _check_floats(name, x)
+    if query.dim() != 4 or 0 in (query.shape[1], query.shape[3]):
         raise ValueError(f"query must be (B, H, N, D), not of shape {tuple(query.shape)}")
     batch, heads, rows, width = query.shape
     if is_causal and key.dim() == 4:
@@ -414,6 +462,8 @@ def _check_tensors(
         )
     if padding_mask is None:
         return
+    if not isinstance(padding_mask, Tensor):
+        raise ValueError(f"padding_mask must be a tensor, not {type(padding_mask).__name__}")
     fits = padding_mask.dim() == 2 and padding_mask.shape[0] in (1, batch)
     if not fits or padding_mask.shape[1] != rows - num_global:
         raise ValueError(

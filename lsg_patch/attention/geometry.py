@@ -18,6 +18,21 @@ from torch.nn import functional as F
 
 from lsg_patch.attention.compiling import is_exporting
 
+MOST = 1 << 24  # of any size: more tokens than any memory holds
+
+
+def check_int(name: str, value: object, least: int, most: int = MOST) -> None:
+    """Raises a ValueError that names the argument if ``value`` is no whole number in these bounds."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises a ValueError that names the argument if ``value`` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
 # Blocks of 4 tokens, a sparse token for 2 tokens and sparse blocks of 4. What block 3 of 34 tokens sees:
 #
 #   block          |   0   |   1   |   2   |   3   |   4   |   5   |   6   |   7   | 8 |
@@ -96,11 +111,7 @@ class Geometry:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "sparse_block_size", "sparsity_factor"):
-            value, least = getattr(self, name), int(name != "sparse_block_size")
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"{name} must be a whole number of at least {least}, not {value!r}"
-                )
+            check_int(name, getattr(self, name), int(name != "sparse_block_size"))
         if not self.has_sparse:
             return
         for name in ("block_size", "sparse_block_size"):

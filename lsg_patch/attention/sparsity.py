@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from lsg_patch.attention.blocks import Keys, additive, take_rows
 from lsg_patch.attention.compiling import is_compiling, is_exporting
-from lsg_patch.attention.geometry import Geometry
+from lsg_patch.attention.geometry import Geometry, check_int
+
+MOST_ROUNDS, MOST_SEED = 64, 1 << 62
 
 
 class SelectionInputs(NamedTuple):
@@ -246,10 +248,9 @@ def projection_shapes(
     """Shapes (H, D, hashes) of the random projections of ``lsh``, one a round, the last round last.
 
     Raises:
-        ValueError: ``num_pre_rounds``, the argument lsh_num_pre_rounds, is negative.
+        ValueError: ``num_pre_rounds``, the argument lsh_num_pre_rounds, is no number of rounds.
     """
-    if num_pre_rounds < 0:
-        raise ValueError(f"lsh_num_pre_rounds must be at least 0, not {num_pre_rounds}")
+    check_int("lsh_num_pre_rounds", num_pre_rounds, 0, MOST_ROUNDS)
     if not geometry.has_sparse or geometry.sparsity_factor in (1, geometry.sparse_block_size):
         return []
     return [(heads, head_size, size // 2) for size in _round_sizes(geometry, num_pre_rounds + 1)]
@@ -262,9 +263,11 @@ def draw_projections(
 
     They are drawn from ``seed`` (None is seed 0): the global random state is left alone.
     """
+    seed = 0 if seed is None else seed
+    check_int("seed", seed, 0, 2 * MOST_SEED - 1)  # each layer's is larger than the one before
     # the same for all that torch.func maps over
     with torch._C._DisableFuncTorch():
-        generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        generator = torch.Generator().manual_seed(seed)
         return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 

@@ -154,12 +154,10 @@ def find_base(model: nn.Module) -> tuple[nn.Module, Family]:
     """The one base model inside ``model`` (or ``model`` itself) and its family.
 
     Raises:
-        TypeError: ``model`` is no module, or holds no base model of a known family; the message
-            says why where it is known to be impossible.
+        TypeError: ``model`` holds no base model of a known family; the message says why where it is
+            known to be impossible.
         ValueError: it holds several.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     found = [(name, module, family_of(module)) for name, module in model.named_modules()]
     known = [(name, module, family) for name, module, family in found if family is not None]
     if not known:

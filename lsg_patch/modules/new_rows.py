@@ -45,10 +45,10 @@ class RowsSplit(ClassSwapped):
     """The table is one parameter again, with what its new rows learned."""
 
     def undo(self) -> None:
-        whole = cast("Tensor", self.module.weight).detach()
+        own = self.module._parameters
+        cast("nn.Parameter", own["weight"]).data = cast("Tensor", self.module.weight).detach()
         super().undo()
-        delattr(self.module, NEW_ROWS)
-        cast("nn.Parameter", self.module.weight).data = whole
+        own.pop(NEW_ROWS, None)
 
 
 def split(tables: list[nn.Embedding], count: int, journal: Journal) -> nn.Parameter:

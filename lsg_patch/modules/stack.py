@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lsg_patch import compat
 from lsg_patch.attention import RelativeBias
 from lsg_patch.attention.compiling import is_compiling, is_traced_to_onnx
+from lsg_patch.attention.functional import seen_by
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
 from lsg_patch.modules.arguments import Args, Argument, Kwargs
@@ -136,6 +137,7 @@ class EnterModel:
                 f"attention_mask must be (B, T) = {(batch, length)}, 1 for tokens and 0 for padding, "
                 f"while a model is patched, not of shape {tuple(mask.shape)}"
             )
+        seen_by(mask, "attention_mask")
         return mask.expand(batch, length)  # type: ignore[no-any-return]
 
     def _check_length(self, length: int, has_positions: bool, cached: int) -> None:

@@ -182,7 +182,7 @@ def test_the_length_that_the_model_was_used_at(
 
 def test_wrong_settings() -> None:
     for wrong in (0, 1.5, "all", True):
-        with pytest.raises(ValueError, match="position_period .* whole number at least 1"):
+        with pytest.raises(ValueError, match="position_period .* whole number from 1"):
             LSGConfig(position_period=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="position_period=128 with positions='interpolate'"):
         LSGConfig(position_period=128, positions="interpolate")

@@ -28,7 +28,7 @@ class Piece(NamedTuple):
         run: the blocks.
         has_hidden: whether some key in their windows is hidden by the mask.
         bias: of these heads.
-        causal: what is added to scores to keep queries from keys after them, (1, 1, 1, b, keys).
+        causal: False where a key stands after a query, (1, 1, 1, b, keys).
         rows, heads: of the batch.
     """
 
@@ -81,22 +81,24 @@ class Piece(NamedTuple):
     def added(self) -> Tensor | None:
         """Mask and bias, as what is added to scores: (1 or rows, 1 or heads, 1 or blocks, 1 or b, keys)."""
         bias = None if self.bias is None else self.bias.between(self._positions())
+        seen = self.causal
         if self.has_hidden:
             masks = self.windows("mask")
             heads = max(mask.shape[1] for mask in masks)
-            seen = torch.cat([mask.expand(-1, heads, -1, -1) for mask in masks], dim=-1)
-            bias = additive(seen.unsqueeze(-2), self.blocks.query.dtype, bias)
-        if self.causal is None or bias is None:
-            return self.causal if bias is None else bias
-        return bias + self.causal
+            known = torch.cat([mask.expand(-1, heads, -1, -1) for mask in masks], dim=-1)
+            known = known.unsqueeze(-2)
+            seen = known if seen is None else known & seen
+        if seen is None:
+            return bias
+        return additive(seen, self.blocks.query.dtype, bias)
 
     def _causal(self) -> Tensor:
-        """Hides the keys after a query in its own block, whose keys come last."""
+        """Which keys do not stand after a query: those of its own block come last."""
         query, num_queries, num_keys = self.blocks.query, self.run.num_queries, self.num_keys
         own = min(num_queries, self.run.local.size)
         seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
         seen[:, num_keys - own :].tril_(own - num_queries)
-        return additive(seen, query.dtype)[None, None, None]
+        return seen[None, None, None]
 
     def _positions(self) -> list[Tensor]:
         """Positions of the keys of ``windows``, counted from the start of the block that sees them.

@@ -71,7 +71,7 @@ def _attend(piece: Piece) -> Tensor:
         dropout_p=blocks.dropout_p,
         scale=blocks.scale,
     )
-    return out.view(*shape, -1)
+    return out.view(*shape, out.shape[-1])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
