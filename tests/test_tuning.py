@@ -44,7 +44,7 @@ def test_the_numbers_are_those_of_the_benchmark(tmp_path: Path, monkeypatch: Any
     options = argparse.Namespace(
         tokens=tokens,
         seed=0,
-        documents=(count, count),
+        documents=(count, 2),
         queries=3,
         lengths=(128,),
         readings=list(SAME),
