@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -33,7 +34,6 @@ CANDIDATES: tuple[dict[str, Any] | None, ...] = (
     {"block_size": 64, "sparsity_type": "none", "position_period": 128},
     {"block_size": 64, "sparse_block_size": 64, "position_period": 128},
 )
-_TRIED = {name for settings in CANDIDATES for name in settings or ()}
 
 
 @dataclass(frozen=True)
@@ -220,18 +220,23 @@ def _fitting(
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
-    """A row of ``tune`` for people."""
-    given = [f"{k}={v}" for k, v in (row["settings"] or {}).items() if k in _TRIED]
-    name = ", ".join(given) or (
-        "not patched, in windows" if row["settings"] is None else "defaults"
-    )
-    return {
-        "": name + " *" * row["best"],
+    """A row of ``tune`` for people, short enough for a terminal."""
+    settings, name = row["settings"], "not patched"
+    if settings is not None:
+        config = LSGConfig(**settings)
+        rows = f"{config.position_period or 'all'} rows"
+        name = (
+            f"{config.sparsity_type} {config.block_size}, {rows}"
+            if len(settings) > 1
+            else "defaults"
+        )
+    numbers = {
         "MRR": "{:.3f} [{:.3f}, {:.3f}]".format(*row["mrr"]),
         "more than the defaults": "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["more_than_defaults"]),
         "recall@1": f"{row['recall_at_1'][0]:.3f}",
-        "seconds": f"{row['seconds']:.1f}",
     }
+    short = {key: re.sub(r"\b0\.", ".", text) for key, text in numbers.items()}
+    return {"": name + " *" * row["best"], **short, "seconds": f"{row['seconds']:.1f}"}
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -239,7 +244,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
     [best] = [row for row in rows if row["best"]]
     given = ", ".join(f"{name}={value!r}" for name, value in best["settings"].items())
     said = [f"lsg_patch.patch_model(model, {given}, tokenizer=tokenizer)"]
-    if best["more_than_defaults"][1] <= 0 and best["settings"].keys() & _TRIED:
+    if best["more_than_defaults"][1] <= 0 and len(best["settings"]) > 1:
         said.append("Its interval over the defaults includes 0: more texts may tell.")
     if any(row["settings"] is None and row["mrr"][0] >= best["mrr"][0] for row in rows):
         said.append("Not patched, in windows, as much is found or more.")

@@ -96,7 +96,7 @@ def test_the_command(
     checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model of 64 positions can repeat no 128 of them: the settings are tried without that."""
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "80")
     own_texts(tmp_path)
     more = tmp_path / "more.jsonl"
     more.write_text(json.dumps({"text": " ".join(f"w{5 + i}" for i in range(90))}), "utf-8")
@@ -116,7 +116,9 @@ def test_the_command(
 
     assert run("tune", checkpoint, *files, "--chunk-tokens", 32, "--limit", 4) == 0
     told = capsys.readouterr().out
-    assert "not patched, in windows" in told and "16 passages" in told
+    assert "16 passages" in told and "…" not in told
+    for name in ("not patched", "defaults", "none 128, all rows", "norm 64, all rows"):
+        assert name in told
     [line] = [line for line in told.splitlines() if line.startswith("lsg_patch.patch_model(")]
     model = transformers.AutoModel.from_pretrained(checkpoint)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
@@ -151,8 +153,9 @@ def test_the_best_is_told_with_its_doubts() -> None:
             "best": best,
         }
 
-    none = {"sparsity_type": "none", "max_position_embeddings": 64}
-    rows = [row(None, 0.5, 0, False), row({}, 0.6, 0, False), row(none, 0.7, 0.1, True)]
+    length = {"max_position_embeddings": 64}
+    none = {"sparsity_type": "none", **length}
+    rows = [row(None, 0.5, 0, False), row(length, 0.6, 0, False), row(none, 0.7, 0.1, True)]
     line = "lsg_patch.patch_model(model, sparsity_type='none', max_position_embeddings=64, tokenizer=tokenizer)"
     assert tuning.verdict(rows) == [line]
     rows[2]["more_than_defaults"][1] = -0.1
