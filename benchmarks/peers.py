@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.models import VOCABULARY, bert
-from lsg_patch.demo import DemoError, bundled_model
+from lsg_patch.demo import bundled_model
 
 
 def _made(name: str, layers: int, positions: int, **settings: Any) -> nn.Module:
@@ -105,7 +105,7 @@ def sentence_transformer(layers: int) -> Any:
 
     try:
         model = SentenceTransformer(bundled_model(), device="cpu")
-    except DemoError as error:
+    except ImportError as error:
         leave_out("batches", str(error))
         return None
     del model[0].auto_model.encoder.layer[layers:]

@@ -86,7 +86,7 @@ def comments_of(file: Path) -> str:
                     said[node.body[0].lineno] = docstring
     except (SyntaxError, tokenize.TokenError, ValueError):
         return ""
-    # licences stand in front of many
+    # many begin with a licence
     return "\n".join(said[line] for line in sorted(said) if line > 20 or line == 1)
 
 

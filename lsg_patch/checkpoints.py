@@ -76,9 +76,7 @@ def from_pretrained(
         OSError: there is no such checkpoint.
     """
     if kwargs.pop("trust_remote_code", False):
-        raise ValueError(
-            "trust_remote_code=True: no code of a checkpoint is run here; leave it out"
-        )
+        raise ValueError("trust_remote_code=True: no code of a checkpoint is run; leave it out")
     settings = {x.name: kwargs.pop(x.name) for x in fields(LSGConfig) if x.name in kwargs}
     if "position_period" in settings:
         raise ValueError(
@@ -109,6 +107,15 @@ def from_pretrained(
             f"{type(model).__name__} has no place for the patch that was saved: pass another cls"
         )
     return (model, info) if told else model
+
+
+def load_any(path: str, cls: Any = None, **settings: Any) -> Any:
+    """``from_pretrained`` of what was saved patched, with ``settings``; anything else as it is."""
+    source = Source.of(path, {})
+    stated = source.config()
+    if is_published(stated) or KEY in stated:
+        return from_pretrained(path, cls, **settings)
+    return load(source, stated, cls, {})[0]
 
 
 def load(
@@ -225,19 +232,13 @@ def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     # with output_loading_info a model comes with what is to be said of it
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-    _patch_as_saved(model, path, kwargs, request)
-    return loaded
-
-
-def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Request) -> None:
-    """Patch what in ``model`` was saved patched; ``path`` and ``given`` are those of its load."""
     rows: dict[str, Tensor] | None = None
     for name, base in list(model.named_modules()):
         values = getattr(vars(base).get("config"), "__dict__", {}).get(KEY)
         family = None if values is None else family_of(base)
         if family is None or is_patched(base):
             continue
-        rows = _read(model, path, given) if rows is None else rows
+        rows = _read(model, path, kwargs) if rows is None else rows
         own = _rows_of(rows, name, family, SavedPatch.from_dict(values).config)
         saved = SavedPatch.from_dict(values, **request.settings)
         patch_with(
@@ -246,6 +247,7 @@ def _patch_as_saved(model: Any, path: Any, given: dict[str, Any], request: Reque
             request.tokenizer,
             SavedGlobals(own, saved.global_reach, saved.bos_id),
         )
+    return loaded
 
 
 def _read(model: Any, path: Any, given: dict[str, Any]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def own_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def is_overridden(cls: type[nn.Module]) -> bool:
-    """Whether a user's class stands in front of the forward of transformers, with one of its own."""
+    """Whether a user's class overrides the forward of transformers."""
     return own_class(cls).forward is not cls.forward
 
 
@@ -49,7 +49,7 @@ MASK_NAMES = ("attention_mask", "attn_mask", "mask")
 
 
 def passes_masks_of_four_dimensions(base: nn.Module) -> bool:
-    """Whether a base model hands a (B, 1, 1, T) mask to its layers as it is.
+    """Whether a base model passes a (B, 1, 1, T) mask to its layers unchanged.
 
     5.0 and later do (``create_bidirectional_mask``); given two dimensions they would expand them
     to (B, 1, T, T). Earlier versions take two dimensions and make (B, 1, 1, T) of them.
@@ -68,7 +68,7 @@ def expands_masks_without_head_mask(base: nn.Module) -> bool:
 
 
 def _is_imported_beside(base: nn.Module, function: str) -> bool:
-    """Whether the file that a model's forward stands in has this function."""
+    """Whether the file that defines a model's forward has this function."""
     return _imported_beside(base, function) is not None
 
 
@@ -186,7 +186,7 @@ class KeyCache:
     Attributes:
         argument: of the module.
         is_tuple: what is handed on.
-        takes_places: whether the module is also told at which places its tokens stand (up to 5.3).
+        takes_places: whether the module also receives the positions of its tokens (up to 5.3).
     """
 
     argument: str

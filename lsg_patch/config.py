@@ -27,7 +27,7 @@ class LSGConfig:
             bos_pooling, or none. norm and pooling are best for a small factor (2 to 4), lsh for
             a large one, bos_pooling in general.
         sparse_block_size: sparse tokens seen on each side; 0 or None for none.
-        sparsity_factor: tokens that one sparse token stands for; divides both block sizes.
+        sparsity_factor: tokens per sparse token; divides both block sizes.
         num_global_tokens: trainable tokens, 0 to 512, that see and are seen by all.
         max_position_embeddings: tokens that the patched model can read.
         positions: how a learned position table becomes longer. tile: its rows are repeated, so that
@@ -88,25 +88,17 @@ class LSGConfig:
         if self.sparsity_type is None:
             object.__setattr__(self, "sparsity_type", "none")
         self.geometry()
-        for name, least, most in (
-            ("num_global_tokens", 0, MAX_GLOBAL_TOKENS),
-            ("max_position_embeddings", 1, None),
-            ("lsh_num_pre_rounds", 0, None),
-            ("global_positional_stride", 1, None),
-        ):
-            _check_int(name, getattr(self, name), least, most)
-        for name in (
-            "pool_with_global",
-            "adaptive",
-            "pass_global_tokens_to_decoder",
-            "random_global_init",
-        ):
-            _check_bool(name, getattr(self, name))
-        for name in ("mask_first_token", "unpad"):
-            if getattr(self, name) is not None:
-                _check_bool(name, getattr(self, name))
+        _check_int("num_global_tokens", self.num_global_tokens, 0, MAX_GLOBAL_TOKENS)
+        _check_int("max_position_embeddings", self.max_position_embeddings, 1)
+        _check_int("lsh_num_pre_rounds", self.lsh_num_pre_rounds, 0)
+        _check_int("global_positional_stride", self.global_positional_stride, 1)
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, None)
+            _check_int("seed", self.seed, 0)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            may_be_none = field.default is None and value is None
+            if field.type.startswith("bool") and type(value) is not bool and not may_be_none:
+                raise ValueError(f"{field.name} must be True or False, not {value!r}")
         rate = self.attention_probs_dropout_prob
         if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < 1):
             raise ValueError(
@@ -117,23 +109,31 @@ class LSGConfig:
                 f"positions must be one of {', '.join(POSITION_NAMES)}, not {self.positions!r}"
             )
         if self.position_period not in (None, TRAINED):
-            name = f'position_period (if not None or "{TRAINED}")'
-            _check_int(name, self.position_period, 1, None)
+            _check_int(f'position_period (if not None or "{TRAINED}")', self.position_period, 1)
         if self.position_period is not None and self.positions != "tile":
             raise ValueError(
                 f"position_period={self.position_period!r} with positions={self.positions!r}, which "
                 'repeats no rows: pass positions="tile" or position_period=None'
             )
         check_backend(self.backend)
-        if self.mask_first_token:
-            self._check_first_token()
-        if self.unpad is None and not self.adaptive:
-            object.__setattr__(self, "unpad", False)
+        if self.mask_first_token and self.num_global_tokens == 0:
+            raise ValueError(
+                "mask_first_token=True with num_global_tokens=0: no global token stands in for the "
+                "first token; pass num_global_tokens=1 or mask_first_token=False"
+            )
+        if self.mask_first_token and not self.pool_with_global:
+            raise ValueError(
+                "the first token is masked (mask_first_token, by default where inputs begin with "
+                "cls or bos) and pool_with_global=False would give nothing in its place; pass "
+                "mask_first_token=False or pool_with_global=True"
+            )
         if self.unpad and not self.adaptive:
             raise ValueError(
                 "unpad=True with adaptive=False: rows that are packed are of any length; pass "
                 "adaptive=True or unpad=False"
             )
+        if not self.adaptive:
+            object.__setattr__(self, "unpad", False)
 
     def geometry(self) -> Geometry:
         """The shape of the attention that these settings ask for."""
@@ -142,11 +142,7 @@ class LSGConfig:
         )
 
     def with_family_default(self, mask_first_token: bool) -> LSGConfig:
-        """These settings with ``mask_first_token=None`` replaced by what suits a family.
-
-        Raises:
-            ValueError: the first token would be masked, and nothing would take its place.
-        """
+        """These settings with ``mask_first_token=None`` replaced by what suits a family."""
         if self.mask_first_token is not None:
             return self
         # without a global token there is nothing that could stand in for the first one
@@ -162,19 +158,6 @@ class LSGConfig:
         """From ``to_dict``, or from the config of a reference LSG model; other keys are left out."""
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
-
-    def _check_first_token(self) -> None:
-        if self.num_global_tokens == 0:
-            raise ValueError(
-                "mask_first_token=True with num_global_tokens=0: no global token stands in for the "
-                "first token; pass num_global_tokens=1 or mask_first_token=False"
-            )
-        if not self.pool_with_global:
-            raise ValueError(
-                "the first token is masked (mask_first_token, by default where inputs begin with "
-                "cls or bos) and pool_with_global=False would give nothing in its place; pass "
-                "mask_first_token=False or pool_with_global=True"
-            )
 
 
 @dataclass(frozen=True)
@@ -208,7 +191,7 @@ class SavedPatch:
             )
         rest = dict(values)
         form = rest.pop("format_version", None)
-        _check_int(f"{where}: format_version", form, 1, None)
+        _check_int(f"{where}: format_version", form, 1)
         if form > FORMAT:
             raise ValueError(
                 f"{where} of format_version {form}, this lsg_patch reads up to {FORMAT}: "
@@ -217,26 +200,15 @@ class SavedPatch:
         more = {name: rest.pop(name, None) for name in ("global_reach", "bos_id")}
         for name, least in (("global_reach", 1), ("bos_id", 0)):
             if more[name] is not None:
-                _check_int(f"{where}: {name}", more[name], least, None)
-        unknown = rest.keys() - {field.name for field in dataclasses.fields(LSGConfig)}
-        if unknown:
-            raise ValueError(
-                f"{where} with {min(unknown, key=str)!r}, which is no setting: take it out"
-            )
+                _check_int(f"{where}: {name}", more[name], least)
         try:
             LSGConfig(**rest)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where} with a wrong setting: {error}") from error
+            raise ValueError(f"{where} with a wrong setting: {error}. Take it out") from error
         return cls(LSGConfig(**{**rest, **changed}), **more)
 
 
-def _check_int(name: str, value: object, least: int, most: int | None) -> None:
-    right = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if not right or (most is not None and isinstance(value, int) and value > most):
+def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if type(value) is not int or value < least or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {bounds}, not {value!r}")
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, not {value!r}")

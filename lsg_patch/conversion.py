@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lsg_patch.checkpoints import from_pretrained, load, named_class
-from lsg_patch.config import KEY, TRAINED, LSGConfig
+from lsg_patch.checkpoints import from_pretrained, load_any, named_class
+from lsg_patch.config import TRAINED, LSGConfig
 from lsg_patch.families import find_base
 from lsg_patch.patching import (
     get_config,
@@ -21,9 +21,8 @@ from lsg_patch.patching import (
     patch_model,
     unpatch_model,
 )
-from lsg_patch.published import PREFIX, is_published
+from lsg_patch.published import PREFIX
 from lsg_patch.tokenizer import find_token_ids, tokenizer_at
-from lsg_patch.weights import Source
 
 # the reference's script takes them
 LENGTH, SEED = 4096, 123
@@ -83,35 +82,28 @@ def convert(
         TypeError: the model is of no family that can be patched.
         OSError: there is no such source, or ``out`` cannot be written.
     """
-    found, folder = Source.of(source, {}), os.fspath(out)
+    path, folder = os.fspath(source), os.fspath(out)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(
             f"out={folder!r} exists and is not empty: name another folder, or empty it"
         )
-    said = found.config()
     cls = None if architecture is None else named_class([architecture.removeprefix(PREFIX)])
-    tokenizer, why = tokenizer_at(found.path)
-    if is_published(said) or KEY in said:
-        if settings.get("position_period") == TRAINED:
-            raise ValueError(
-                f"position_period={TRAINED!r}, but {found.path!r} is patched, and its tokenizer states "
-                "the patched length: pass the number"
-            )
-        model = from_pretrained(found.path, cls)
-    else:
-        options = {"resize_lsg": resize_lsg, "keep_first_global_token": keep_first_global_token}
-        for name, given in options.items():
-            if given:
-                raise ValueError(f"{name}=True, but {found.path!r} is not patched: leave it out")
-        model, _ = load(found, said, cls, {})
-    model = model.float().eval()
-    was = get_config(model) if is_patched(model) else None
+    tokenizer, why = tokenizer_at(path)
+    model = load_any(path, cls).float().eval()
     if max_length is not None:
         settings = {"max_position_embeddings": max_length, **settings}
+    was, kept = get_config(model) if is_patched(model) else None, False
     if was is None:
-        defaults = {"max_position_embeddings": LENGTH, "seed": SEED}
-        config, kept = LSGConfig(**{**defaults, **settings}), False
+        if resize_lsg or keep_first_global_token:
+            name = "resize_lsg" if resize_lsg else "keep_first_global_token"
+            raise ValueError(f"{name}=True, but {path!r} is not patched: leave it out")
+        config = LSGConfig(**{"max_position_embeddings": LENGTH, "seed": SEED, **settings})
     else:
+        if settings.get("position_period") == TRAINED:
+            raise ValueError(
+                f"position_period={TRAINED!r}, but {path!r} is patched, and its tokenizer states the "
+                "patched length: pass the number"
+            )
         config = replace(was, **settings)
         new_rows = keep_first_global_token or any(name in settings for name in _OF_ROWS)
         longer = config.max_position_embeddings != was.max_position_embeddings
@@ -127,7 +119,7 @@ def convert(
     before = _outputs(base, short) if test else None
     if kept:
         changed = {name: value for name, value in vars(config).items() if value != vars(was)[name]}
-        model = from_pretrained(found.path, cls, tokenizer=tokenizer, **changed).float()
+        model = from_pretrained(path, cls, tokenizer=tokenizer, **changed).float()
     else:
         first = global_embeddings(model).detach()[:1].clone() if keep_first_global_token else None
         patch_model(unpatch_model(model) if was else model, config, tokenizer=tokenizer)
@@ -159,8 +151,23 @@ def convert(
         same = config.num_global_tokens == 0 or (config.num_global_tokens == 1 and stands_in)
     else:
         same = kept and all(vars(was)[name] == vars(config)[name] for name in _OF_SHORT)
-    tests, passed = _test(from_pretrained(folder), short, before, same)
-    return Conversion((*lines, *tests), passed)
+    # whether a short input gives what it gave, and a long one something
+    model = from_pretrained(folder)
+    base, _ = find_base(model)
+    difference = (_outputs(base, short) - before).abs().max().item()
+    fits = difference <= TOLERANCE * max(1.0, before.abs().max().item())
+    said_of_it = "as before" if fits else "NOT as before"
+    if not same:
+        said_of_it = (
+            "it may differ: global tokens are seen besides its own, or are others than before"
+        )
+    length = config.max_position_embeddings
+    finite = bool(_outputs(base, _ids(base.config, None, length)).isfinite().all())
+    lines += [
+        f"short input ({short.shape[1]} tokens): largest difference {difference:.1e}, {said_of_it}",
+        f"long input ({length} tokens): {'finite' if finite else 'NOT finite'}",
+    ]
+    return Conversion(tuple(lines), finite and (fits or not same))
 
 
 def _ids(stated: Any, tokenizer: Any, length: int) -> Tensor:
@@ -176,20 +183,3 @@ def _outputs(base: Any, ids: Tensor) -> Tensor:
     more = {"decoder_input_ids": ids[:, :4]} if base.config.is_encoder_decoder else {}
     with torch.no_grad():
         return base(input_ids=ids, **more)[0]  # type: ignore[no-any-return]
-
-
-def _test(model: nn.Module, short: Tensor, before: Tensor, same: bool) -> tuple[list[str], bool]:
-    """Whether ``short`` has the outputs ``before``, if they are to be the ``same``; and a long input."""
-    base, _ = find_base(model.eval())
-    difference = (_outputs(base, short) - before).abs().max().item()
-    fits = difference <= TOLERANCE * max(1.0, before.abs().max().item())
-    said = "as before" if fits else "NOT as before"
-    if not same:
-        said = "it may differ: global tokens are seen besides its own, or are others than before"
-    length = get_config(model).max_position_embeddings
-    finite = bool(_outputs(base, _ids(base.config, None, length)).isfinite().all())
-    lines = [
-        f"short input ({short.shape[1]} tokens): largest difference {difference:.1e}, {said}",
-        f"long input ({length} tokens): {'finite' if finite else 'NOT finite'}",
-    ]
-    return lines, finite and (fits or not same)

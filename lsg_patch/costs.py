@@ -73,17 +73,14 @@ def overview(
     )
     # ALBERT's layers run several times
     linear = 2 * weights * layers // len(modules)
-
-    def operations(length: int, num_scores: int) -> int:
-        return length * linear + layers * 4 * width * num_scores
-
     costs = []
     for length in lengths:
         seen, full = scores(config, length), length**2
+        ours, theirs = (length * linear + layers * 4 * width * count for count in (seen, full))
         costs.append(
             {
                 "tokens": length,
-                "operations": round(operations(length, seen) / operations(length, full), 3),
+                "operations": round(ours / theirs, 3),
                 "scores": round(seen / full, 3),
                 "scores_MiB": round(heads * seen * 4 / 2**20, 1),
                 "full_scores_MiB": round(heads * full * 4 / 2**20, 1),
@@ -94,6 +91,8 @@ def overview(
     pays_from = next(n for n in range(step, 2**20, step) if scores(config, n) < 0.95 * n * n)
     geometry = config.geometry()
     keys = geometry.local_window.size + sum(window.size for window in geometry.sparse_windows)
+    tables = base.get_submodule(family.embeddings).modules()
+    token_width = next(x.embedding_dim for x in tables if isinstance(x, nn.Embedding))
     return {
         "family": family.name,
         "base_model": type(base).__name__,
@@ -102,7 +101,7 @@ def overview(
         "positions_patched": config.max_position_embeddings,
         "parameters": before,
         "parameters_added": after - before,
-        "of_them_global_tokens": config.num_global_tokens * _global_width(base, family.embeddings),
+        "of_them_global_tokens": config.num_global_tokens * token_width,
         "keys_a_query_sees": keys + config.num_global_tokens,
         "lossless_up_to": geometry.full_length,
         "fewer_operations_from": pays_from,
@@ -112,11 +111,6 @@ def overview(
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _global_width(base: nn.Module, embeddings: str) -> int:
-    tables = base.get_submodule(embeddings).modules()
-    return int(next(x.embedding_dim for x in tables if isinstance(x, nn.Embedding)))
 
 
 def time_forwards(
@@ -130,17 +124,17 @@ def time_forwards(
     base: Any = find_base(model)[0]
     found = []
     for length in lengths:
+        ours = replace(config, max_position_embeddings=length)
         whole = replace(
-            config,
+            ours,
             block_size=-(-length // 2),
             sparse_block_size=0,
             sparsity_factor=1,
             sparsity_type="none",
-            max_position_embeddings=length,
         )
         sides = [
             patch_model(copy.deepcopy(model), side, tokenizer=copy.copy(tokenizer))
-            for side in (whole, replace(config, max_position_embeddings=length))
+            for side in (whole, ours)
         ]
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(5, base.config.vocab_size, (1, length), generator=generator)
@@ -152,8 +146,12 @@ def time_forwards(
                     side(input_ids=ids)
                     if turn:  # the first one pays for what is set up once
                         taken.append(1000 * (time.perf_counter() - began))
-        full, ours = (median(taken) for taken in times)
-        ratio = median(b / a for a, b in zip(*times, strict=True))
-        row = {"tokens": length, "full": round(full, 1), "patched": round(ours, 1)}
-        found.append({**row, "ratio": round(ratio, 2)})
+        found.append(
+            {
+                "tokens": length,
+                "full": round(median(times[0]), 1),
+                "patched": round(median(times[1]), 1),
+                "ratio": round(median(b / a for a, b in zip(*times, strict=True)), 2),
+            }
+        )
     return found

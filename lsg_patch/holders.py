@@ -7,7 +7,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -42,18 +41,14 @@ def module_of(holder: Any) -> Any:
 def owners_of(holder: Any, base: nn.Module) -> list[Any]:
     """What tokenizes for ``base``: the innermost module around it that can, and a pipeline."""
     module = module_of(holder)
-    around = modules_around(module, base).values()
-    owners = [outer for outer in around if tokenizer_in(outer) is not None][-1:]
+    owners = [
+        outer
+        for outer in module.modules()  # from the outside in
+        if tokenizer_in(outer) is not None and any(inner is base for inner in outer.modules())
+    ][-1:]
     if holder is not module and tokenizer_in(holder) is not None:
         owners.append(holder)
     return owners
-
-
-def modules_around(root: nn.Module, inner: nn.Module) -> dict[str, nn.Module]:
-    """``root``, ``inner`` and all between them by their paths, from the outside in."""
-    path = next(name for name, module in root.named_modules() if module is inner)
-    paths = ["", *accumulate(path.split("."), "{}.{}".format)] if path else [""]
-    return {name: root.get_submodule(name) for name in paths}
 
 
 def tokenizer_in(owner: Any) -> Any:
@@ -76,22 +71,23 @@ def set_limits(
     Args:
         readable: how many tokens the unpatched model reads; None: any number.
     """
-    limits = list(_all_limits(owners, tokenizer))
+    limits = list(_limits(owners, tokenizer))
     for owner, target, name in limits:
         change = LimitSet(target, name, getattr(target, name), length, readable)
-        if owner is None:
+        if owner is tokenizer:
             journal.record(Outside(change))
         else:
             _record_on(owner, journal).record(change)
         if change.old != length:
             setattr(target, name, length)
-            shown = type(target if owner is None else owner).__name__
+            shown = type(owner).__name__
             logger.info("%s of %s is %d instead of %d", name, shown, length, change.old)
+    chosen: list[str] = []
     for owner in owners:
         if _reads_windows(owner):
             given = {**owner._preprocess_params, "max_seq_len": length}
             _record_on(owner, journal).set_attribute(owner, "_preprocess_params", given)
-    chosen = [text for owner in owners for text in _chosen(owner, vars(owner), length)]
+        chosen += (f"{text} of {type(owner).__name__}" for text in _chosen(vars(owner), length))
     if chosen:
         logger.warning(
             "left as they were chosen, and going on to truncate inputs: %s; the model reads %d tokens",
@@ -105,22 +101,24 @@ def stated_limit(owners: list[Any], tokenizer: Any, most: int) -> tuple[int, str
     """The least number of tokens, up to ``most``, at which ``owners`` or a ``tokenizer`` truncate, and
     in words where it stands.
     """
-    found = []
-    for owner, target, name in _all_limits(owners, tokenizer):
-        value, shown = getattr(target, name), type(target if owner is None else owner).__name__
-        # tokenizers that know no limit state a huge one
-        if isinstance(value, int) and 1 <= value <= most:
-            found.append((value, f"the {name} of {shown}"))
-    return min(found, default=None)
+    stated = (
+        (getattr(target, name), f"the {name} of {type(owner).__name__}")
+        for owner, target, name in _limits(owners, tokenizer)
+    )
+    # tokenizers that know no limit state a huge one
+    return min((x for x in stated if isinstance(x[0], int) and 1 <= x[0] <= most), default=None)
 
 
-def _all_limits(owners: list[Any], tokenizer: Any) -> Iterator[tuple[Any, Any, str]]:
-    """Who has a limit (None: nobody, it is a ``tokenizer`` that was given), and object and attribute."""
+def _limits(owners: list[Any], tokenizer: Any) -> Iterator[tuple[Any, Any, str]]:
+    """All limits that nobody chose for one use: who has it, and the object and attribute that it is."""
     for owner in owners:
-        for target, name in _limits_of(owner):
-            yield owner, target, name
+        yield owner, tokenizer_in(owner), "model_max_length"
+        for name in OWN_LIMITS:
+            # None: the tokenizer's
+            if isinstance(vars(owner).get(name), int):
+                yield owner, owner, name
     if hasattr(tokenizer, "model_max_length"):
-        yield None, tokenizer, "model_max_length"
+        yield tokenizer, tokenizer, "model_max_length"
 
 
 def _record_on(owner: Any, journal: Journal) -> Journal:
@@ -130,15 +128,6 @@ def _record_on(owner: Any, journal: Journal) -> Journal:
         own = Journal(owner)
         journal.record(Outside(own))
     return own
-
-
-def _limits_of(owner: Any) -> Iterator[tuple[Any, str]]:
-    """All limits that nobody chose for one use."""
-    yield tokenizer_in(owner), "model_max_length"
-    for name in OWN_LIMITS:
-        # None: the tokenizer's
-        if isinstance(vars(owner).get(name), int):
-            yield owner, name
 
 
 def _reads_windows(owner: Any) -> bool:
@@ -153,12 +142,12 @@ def _reads_windows(owner: Any) -> bool:
     return "max_seq_len" in takes and bool(getattr(tokenizer_in(owner), "is_fast", False))
 
 
-def _chosen(owner: Any, space: dict[str, Any], length: int) -> Iterator[str]:
+def _chosen(space: dict[str, Any], length: int) -> Iterator[str]:
     for name, value in space.items():
         if name in CHOSEN and isinstance(value, int) and value < length:
-            yield f"{name}={value} of {type(owner).__name__}"
+            yield f"{name}={value}"
         elif name in CHOSEN_IN and isinstance(value, dict):
-            yield from _chosen(owner, value, length)
+            yield from _chosen(value, length)
 
 
 @dataclass(eq=False)

@@ -102,7 +102,7 @@ def _hook_positions(base: nn.Module, plan: Plan, journal: Journal) -> None:
 def _hook_embeddings(
     base: nn.Module, family: Family, plan: Plan, journal: Journal
 ) -> stack.PrependGlobals | None:
-    """Notes for the stack on what is embedded; gives what puts the global tokens in front there."""
+    """Hook the embeddings; returns what prepends the global tokens at the stack (None: there are none)."""
     parameters = compat.forward_parameters(plan.embeddings)
     mask = Argument.of(parameters, *compat.MASK_NAMES)
     if mask.position is not None:

@@ -1,8 +1,7 @@
 """Count the tensor memory a piece of code needs, on any device, without asking the device.
 
-Allocators report what a process holds (and on CPU nothing finer than that is to be had), which
-depends on what ran before. Here every operation is watched instead, so that two runs of the same
-code give the same number and a single quadratic tensor cannot hide.
+What an allocator reports depends on what ran before. Here every operation is watched instead, so
+that two runs of the same code give the same number and a single quadratic tensor cannot hide.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-
-__all__ = ["PeakMemory", "peak_memory"]
 
 
 @dataclass
@@ -40,10 +37,8 @@ class _AllocationCounter(TorchDispatchMode):
     def __init__(self, result: PeakMemory) -> None:
         super().__init__()
         self.result = result
-        # Storage address -> (weak reference, bytes). The reference keeps the address from being
-        # used again (not the data from being freed), so an address is one storage as long as it
-        # is a key here. Weak references are asked rather than finalizers registered, because a
-        # storage's Python object is not kept alive with its storage before torch 2.2.
+        # By address: the weak reference, which keeps the address from being used again (not the
+        # data from being freed), and the bytes.
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,22 +57,18 @@ class _AllocationCounter(TorchDispatchMode):
         given = set() if fresh else {s._cdata for _, s in _storages((args, kwargs))}
         self._alive = {key: x for key, x in self._alive.items() if not x[0].expired()}
         for tensor, storage in _storages(out):
-            self._see(tensor, storage, given)
+            key, size = storage._cdata, storage.nbytes()
+            reference, known = self._alive.get(key, (None, None))
+            # Made before the block, or not by torch; or known, and not resized by an out= operation.
+            if known == size or (known is None and key in given):
+                continue
+            self._alive[key] = (reference or StorageWeakRef(storage), size)
+            if tensor.numel() > self.result.largest_numel:
+                self.result.largest_numel = tensor.numel()
+                self.result.largest_shape = tuple(tensor.shape)
         alive = sum(size for _, size in self._alive.values())
         self.result.peak_bytes = max(self.result.peak_bytes, alive)
         return out
-
-    def _see(self, tensor: Tensor, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        known = self._alive.get(key)
-        if known is None and key in given:
-            return  # made before the block, or not by torch
-        if known is not None and known[1] == size:
-            return  # else it was resized in place, e.g. by an out= operation
-        self._alive[key] = (known[0] if known else StorageWeakRef(storage), size)
-        if tensor.numel() > self.result.largest_numel:
-            self.result.largest_numel = tensor.numel()
-            self.result.largest_shape = tuple(tensor.shape)
 
 
 def _storages(tree: Any) -> Iterator[tuple[Tensor, torch.UntypedStorage]]:

@@ -19,7 +19,6 @@ from lsg_patch.holders import Holder, module_of, owners_of, set_limits, stated_l
 from lsg_patch.hooking import hook_edges
 from lsg_patch.loading import CheckStateDict, check_adapters
 from lsg_patch.modules.global_embeddings import GlobalEmbeddings
-from lsg_patch.modules.layer import swap_layer
 from lsg_patch.modules.link import Link
 from lsg_patch.modules.new_rows import join, split
 from lsg_patch.modules.position_table import (
@@ -113,8 +112,8 @@ def patch_model(
     The model stays what it is: its class, its heads, its parameters (only the position table is a
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
     In an encoder-decoder the encoder's self-attention is patched, and the decoder's position table
-    grows as the encoder's does. A decoder (``config.is_decoder``) attends block by block to what
-    stands before each token; a step that is given a cache sees all of it. Cross attention stays.
+    grows as the encoder's does. A decoder (``config.is_decoder``) attends block by block to the
+    tokens before each token; a step that is given a cache sees all of it. Cross attention stays.
     ``position_ids`` that are given are taken as they are, also beyond ``max_position_embeddings``.
     Hooks of yours inside the layer stack see its rows, [global tokens | tokens | padding]; of a
     batch that is run unpadded those of all sequences in one.
@@ -418,8 +417,6 @@ def _apply(
         # every layer its own projections; a seed gives the same ones each time
         seed = (config.seed or 0) + index
         swap_attention(module, config, family, seed, journal, plan.is_causal)
-    for module in plan.layers:
-        swap_layer(module, journal)
     if plan.global_rows is not None:
         journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
         journal.set_attribute(plan.embeddings, "lsg_self", Link(plan.embeddings))

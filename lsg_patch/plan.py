@@ -41,12 +41,11 @@ class Plan:
     (num_global_tokens, width), or None for none, the first of which is made of the token ``bos_id``;
     ``chunked`` are the modules that have a ``CHUNK``; ``period`` is the number of positions that are
     repeated (None: all); ``tables`` are all tables of positions, those that share a weight together;
-    ``layers`` are those of ``Family.layers``; ``is_causal`` says that the model is a decoder;
+    ``is_causal`` says that the model is a decoder;
     ``can_unpad`` that its layers can run on packed rows.
     """
 
     attentions: list[nn.Module]
-    layers: list[nn.Module]
     stack: nn.Module
     embeddings: nn.Module
     words: nn.Module
@@ -213,7 +212,6 @@ def _locate(
         known = [row.detach().to(device_of(words)) for row in rest if row is not None]
     return Plan(
         attentions=attentions,
-        layers=_find_all(base, family.layers) if family.layers else [],
         stack=stack,
         embeddings=embeddings,
         words=words,
@@ -335,12 +333,12 @@ def _check_wrappers(model: nn.Module, changed: Iterable[nn.Module]) -> None:
 def _check_modules(base: nn.Module, plan: Plan) -> None:
     """What other tools have made of the modules that are to be changed."""
     swapped_too = [base] if compat.is_overridden(type(base)) else []
-    for module in (*plan.attentions, *plan.layers, *swapped_too):
+    for module in (*plan.attentions, *swapped_too):
         hidden = hidden_forward(module)
         if hidden:
             raise ValueError(f"a {type(module).__name__} cannot be patched: {hidden}")
     changed = {plan.embeddings, *(table for tables in plan.tables for table in tables)}
-    swapped = changed.union(plan.attentions, plan.layers, [plan.stack])
+    swapped = changed.union(plan.attentions, [plan.stack])
     for module in base.modules():
         if "modules_to_save" in module._modules and not swapped.isdisjoint(module.modules()):
             raise ValueError(

@@ -50,10 +50,9 @@ def pattern(
     else:
         config = get_config(model_or_config)
         shares = _shares_of_layer(module_of(model_or_config), length, layer, head, input_ids)
-    num_global = config.num_global_tokens
     rows = shares.shape[0]
     found = torch.full((rows, rows), KINDS.index("not seen"))
-    block = (torch.arange(rows) - num_global).div(config.block_size, rounding_mode="floor")
+    block = (torch.arange(rows) - config.num_global_tokens) // config.block_size
     near = (block[:, None] - block).abs() <= 1
     seen = shares > 0
     found[seen] = KINDS.index("sparse")
@@ -63,10 +62,11 @@ def pattern(
     return found
 
 
-def _one_hot_values(rows: int, width: int) -> list[Tensor]:
-    """Values (rows, width) that tell each row's share of the output, ``width`` rows at a time."""
+def _one_hot(key: Tensor) -> list[Tensor]:
+    """Values like ``key`` that tell each row's share of the output, as many rows at a time as fit."""
+    rows, width = key.shape[2:]
     whole = torch.eye(rows, -(-rows // width) * width)
-    return list(whole.split(width, dim=1))
+    return [value.expand_as(key) for value in whole.split(width, dim=1)]
 
 
 def _random_shares(config: LSGConfig, length: int, head: int) -> Tensor:
@@ -79,7 +79,7 @@ def _random_shares(config: LSGConfig, length: int, head: int) -> Tensor:
         lsg_attention(
             query,
             key,
-            value.expand_as(key),
+            value,
             block_size=config.block_size,
             sparse_block_size=config.sparse_block_size,
             sparsity_factor=config.sparsity_factor,
@@ -88,7 +88,7 @@ def _random_shares(config: LSGConfig, length: int, head: int) -> Tensor:
             lsh_num_pre_rounds=config.lsh_num_pre_rounds,
             seed=config.seed,
         )[0, head]
-        for value in _one_hot_values(rows, HEAD_SIZE)
+        for value in _one_hot(key)
     ]
     return torch.cat(columns, dim=1)[:, :rows]
 
@@ -102,20 +102,20 @@ def _shares_of_layer(
     for name, value, count in (("layer", layer, len(modules)), ("head", head, heads)):
         if not 0 <= value < count:
             raise ValueError(f"{name}={value} must be from 0 to {count - 1}")
-    attention: Any = modules[layer]
+    stated: Any = base.config
     if input_ids is None:
         generator = torch.Generator().manual_seed(0)
-        words = int(getattr(base.config, "vocab_size"))  # noqa: B009
+        words = stated.vocab_size
         input_ids = torch.randint(words // 10, words, (1, length), generator=generator)
     columns = []
 
     def read(module: Any, args: Any, kwargs: Any) -> None:
         query, key, _, choose_by, layout = module.projected(args, kwargs)
-        for value in _one_hot_values(key.shape[2], key.shape[3]):
-            context = module.attend(layout, query, key, value.expand_as(key), choose_by)
+        for value in _one_hot(key):
+            context = module.attend(layout, query, key, value, choose_by)
             columns.append(context.unflatten(-1, (heads, -1))[0, :, head])
 
-    handle = attention.register_forward_pre_hook(read, with_kwargs=True)
+    handle = modules[layer].register_forward_pre_hook(read, with_kwargs=True)
     try:
         with torch.no_grad():
             base(input_ids=input_ids)
@@ -168,9 +168,7 @@ def plot_pattern(
         interpolation="nearest",
         aspect="auto" if query is not None else "equal",
     )
-    axes.set_title(config.sparsity_type)
-    axes.set_xlabel("key")
-    axes.set_ylabel("query")
+    axes.set(title=config.sparsity_type, xlabel="key", ylabel="query")
     present = [kind for kind in range(1, len(KINDS)) if (found == kind).any()]
     axes.legend(
         handles=[patches.Patch(color=COLOURS[kind], label=KINDS[kind]) for kind in present],
@@ -190,16 +188,12 @@ def plot_cost(config: LSGConfig, lengths: Sequence[int], *, axes: Any = None) ->
         ImportError: matplotlib is missing.
     """
     axes = _axes(axes)
-    axes.plot(
-        lengths, [n * n for n in lengths], color=COLOURS[2], marker="o", label="full attention"
-    )
-    ours = [scores(config, n) for n in lengths]
+    full, ours = [n * n for n in lengths], [scores(config, n) for n in lengths]
+    axes.plot(lengths, full, color=COLOURS[2], marker="o", label="full attention")
     axes.plot(lengths, ours, color=COLOURS[1], marker="o", label=f"LSG, {config.sparsity_type}")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=10)
     axes.set_xticks(list(lengths), [f"{n:,}" for n in lengths], rotation=45)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("scores of a head")
+    axes.set(xlabel="tokens", ylabel="scores of a head", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
     return axes

@@ -28,7 +28,9 @@ def find_token_ids(config: Any, tokenizer: Any, needs_mask: bool) -> tuple[int, 
     wanted = [BOS, MASK] if needs_mask else [BOS]
     sources, lacks = [tokenizer, config], "neither the tokenizer nor the model's config has"
     if tokenizer is None and any(_first_id(sources, names) is None for names in wanted):
-        loaded, why = _tokenizer_of(config)
+        path = getattr(config, "_name_or_path", "")
+        loaded, why = tokenizer_at(path) if path else (None, "it names no _name_or_path")
+        why = f" (and {why})" if loaded is None else f" and the tokenizer of {path!r}"
         sources, lacks = [config, loaded], f"the model's config{why} has no"
     ids = []
     for kind, names in zip(("cls or bos", "mask"), wanted, strict=False):
@@ -65,15 +67,6 @@ def _warn_of_misfit(config: Any, tokenizer: Any) -> None:
 def _first_id(sources: list[Any], names: tuple[str, ...]) -> int | None:
     values = (getattr(source, name, None) for source in sources for name in names)
     return next((int(value) for value in values if value is not None), None)
-
-
-def _tokenizer_of(config: Any) -> tuple[Any, str]:
-    """The tokenizer that belongs to a config, or None and the reason."""
-    path = getattr(config, "_name_or_path", "")
-    if not path:
-        return None, ", which names no checkpoint to take a tokenizer from (_name_or_path),"
-    loaded, why = tokenizer_at(path)
-    return loaded, f" (and {why})" if loaded is None else f" and the tokenizer of {path!r}"
 
 
 def tokenizer_at(path: str) -> tuple[Any, str]:

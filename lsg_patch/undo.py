@@ -133,7 +133,7 @@ class AttributeSet(Change):
 
 @dataclass
 class ChildAdded(Change):
-    """A module or a buffer; where somebody took it away there is nothing to do."""
+    """A module or a buffer was added; if it was removed since, there is nothing to undo."""
 
     owner: nn.Module
     name: str

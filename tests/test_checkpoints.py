@@ -368,7 +368,7 @@ def test_in_a_new_process(original: Any, saved: Path) -> None:
         ({"format_version": "1"}, "format_version must be a whole number"),
         ({"block_size": "x"}, "wrong setting: block_size"),
         ({"num_global_tokens": 10**9}, "num_global_tokens must be a whole number from 0 to 512"),
-        ({"auto_map": {}}, "'auto_map', which is no setting"),
+        ({"auto_map": {}}, "wrong setting: .*'auto_map'. Take it out"),
         ({"bos_id": -1}, "bos_id must be a whole number at least 0, not -1"),
         ({"global_reach": 10**30}, "global_reach"),
         ({"num_global_tokens": 4}, "its config says num_global_tokens=4"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from lsg_patch.cli import main
 PROSE = "The quick brown fox jumps over the lazy dog while nobody is looking at it."
 
 
-def count_words(texts):
-    return [len(text.split()) for text in texts]
+def words(text):
+    """Each word is a token."""
+    return [match.span() for match in re.finditer(r"\S+", text)]
 
 
 def numbered_prose(lines: int, word: str) -> str:
@@ -53,23 +56,19 @@ def test_documents_are_the_files_and_the_first_modules_that_are_long_enough(tmp_
     path = tmp_path / "note.txt"
     path.write_text("short, and taken all the same", encoding="utf-8")
     modules = ["no_module_of_this_name", "keyword", "argparse", "json.decoder", "datetime"]
-    made = demo.build_documents(
-        2, count_words, max_length=4096, minimum=500, modules=modules, files=[path]
-    )
+    made = demo.build_documents(2, words, minimum=500, modules=modules, files=[path])
     assert made[0] == path.read_text(encoding="utf-8")
     for text, name in zip(made[1:], ["argparse", "json.decoder"], strict=True):
         assert f"NAME\n    {name} - " in text
-    again = demo.build_documents(
-        2, count_words, max_length=4096, minimum=500, modules=modules, files=[path]
-    )
+    again = demo.build_documents(2, words, minimum=500, modules=modules, files=[path])
     assert made == again
 
 
 def test_a_file_that_is_no_text_is_a_clear_error(tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(demo.DemoError, match=r"picture\.png"):
-        demo.build_documents(0, count_words, max_length=512, files=[path])
+    with pytest.raises(ValueError, match=r"picture\.png"):
+        demo.build_documents(0, words, files=[path])
 
 
 def test_there_are_modules_enough_for_the_default():
@@ -83,7 +82,7 @@ def test_there_are_modules_enough_for_the_default():
 
 def test_a_query_is_a_passage_of_the_middle_that_no_other_document_has():
     texts = [numbered_prose(200, "apple"), numbered_prose(200, "pear")]
-    queries = demo.pick_queries(texts, count_words, first=512, last=1500)
+    queries = demo.pick_queries(texts, words, first=512, last=1500)
     assert list(queries) == [0, 1]
     for index, query in queries.items():
         shortest, longest = demo.QUERY_TOKENS
@@ -94,63 +93,41 @@ def test_a_query_is_a_passage_of_the_middle_that_no_other_document_has():
         assert 512 <= before <= 1500 - longest
         assert abs(before - (512 + 1500) / 2) < 100
         assert query.startswith("The ")
-    assert queries == demo.pick_queries(texts, count_words, first=512, last=1500)
+    assert queries == demo.pick_queries(texts, words, first=512, last=1500)
 
 
 def test_a_document_that_is_too_short_or_found_twice_has_no_query():
     same = numbered_prose(200, "apple")
     documents = [same, same, numbered_prose(20, "plum"), numbered_prose(200, "pear")]
-    queries = demo.pick_queries(documents, count_words, first=512, last=1500)
+    queries = demo.pick_queries(documents, words, first=512, last=1500)
     assert list(queries) == [3]
 
 
 def test_an_empty_text_has_none():
-    assert demo.pick_queries([""], count_words, first=1, last=9) == {}
+    assert demo.pick_queries([""], words, first=1, last=9) == {}
 
 
 def test_a_text_without_line_breaks_or_prose_has_a_query_too():
-    words = " ".join(f"w{i}" for i in range(3000))
-    queries = demo.pick_queries([words], count_words, first=512, last=2000)
-    assert queries[0] in words
+    text = " ".join(f"w{i}" for i in range(3000))
+    queries = demo.pick_queries([text], words, first=512, last=2000)
+    assert queries[0] in text
 
 
 # Embedding
 
 
-class Tokenizer:
-    """One token for a word: its length."""
-
-    pad_token_id = 0
-
-    def __call__(self, texts, truncation, max_length, verbose):
-        rows = [[len(word) for word in text.split()][:max_length] for text in texts]
-        return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
-
-
 class Encoder(torch.nn.Module):
     """The hidden state of a token is one-hot of its id."""
 
-    def forward(self, input_ids, attention_mask):
-        hidden = torch.nn.functional.one_hot(input_ids, 8).float()
+    def forward(self, input_ids):
+        hidden = torch.nn.functional.one_hot(input_ids, 4).float()
         return type("Output", (), {"last_hidden_state": hidden})
 
 
-def test_embeddings_are_in_the_order_of_the_texts_and_leave_padding_out():
-    texts = ["a", "bb a bb a", "ccc", "a bb"]
-    batches = demo.make_batches(Tokenizer(), texts, 4, tokens_per_batch=8)
-    assert [indices for indices, _ in batches] == [[1, 3], [0, 2]]
-    assert batches[0][1]["input_ids"].tolist() == [[2, 1, 2, 1], [1, 2, 0, 0]]
-    assert batches[0][1]["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    embedded = demo.embed(Encoder(), batches)
-    expected = torch.zeros(4, 8)
-    expected[0, 1] = expected[2, 3] = 1
-    expected[1, 1:3] = expected[3, 1:3] = 0.5**0.5
-    torch.testing.assert_close(embedded, expected)
-
-
-def test_texts_are_truncated():
-    batches = demo.make_batches(Tokenizer(), ["a a a a a"], 3)
-    assert batches[0][1]["input_ids"].shape == (1, 3)
+def test_embeddings_are_normalised_means_in_the_order_of_the_texts():
+    texts = [{"input_ids": torch.tensor([ids])} for ids in ([1], [2, 1, 2, 1], [3, 3])]
+    expected = torch.tensor([[0, 1, 0, 0], [0, 0.5**0.5, 0.5**0.5, 0], [0, 0, 0, 1]])
+    torch.testing.assert_close(demo.embed(Encoder(), texts), expected)
 
 
 # Ranking
@@ -173,8 +150,8 @@ def test_a_tie_counts_against_the_target():
 @pytest.fixture
 def tiny(tmp_path):
     """The folder of a random BERT that reads 64 tokens, with a tokenizer."""
-    words = sorted(set(numbered_prose(300, "apple pear plum").lower().replace(".", " ").split()))
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words]
+    known = sorted(set(numbered_prose(300, "apple pear plum").lower().replace(".", " ").split()))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *known]
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary),
@@ -284,7 +261,15 @@ def test_a_wrong_request_is_exit_code_2_and_one_clear_line(tiny, capsys, argumen
     assert main(["demo", "--model", str(tiny), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert message in err and err.startswith("lsg-patch demo: ")
+    assert message in err and err.startswith("lsg-patch: ") and err.count("\n") == 1
+
+
+def test_a_tokenizer_that_knows_no_places_is_refused(tiny, monkeypatch, capsys):
+    model, _ = demo.load_encoder(str(tiny))
+    slow = SimpleNamespace(is_fast=False)
+    monkeypatch.setattr(demo, "load_encoder", lambda name: (model, slow))
+    assert main(["demo", "--model", str(tiny)]) == 2
+    assert "name a model with a fast one" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys):

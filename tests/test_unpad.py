@@ -11,8 +11,6 @@ import torch
 
 import lsg_patch
 from lsg_patch.attention import SPARSITY_TYPES
-from lsg_patch.families import find_modules
-from lsg_patch.modules import layer
 from tests import seq2seq
 from tests.models import (
     FAMILIES,
@@ -49,13 +47,6 @@ MASKS = {
 }
 
 
-@pytest.fixture(params=[layer.ROWS_AT_ONCE, 30], ids=["at once", "in parts"])
-def rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many rows the layers take: all of these tests', or a part of them."""
-    monkeypatch.setattr(layer, "ROWS_AT_ONCE", request.param)
-    return int(request.param)
-
-
 def pair(family: str, cls: type[Any] | None = None, **settings: Any) -> tuple[Any, Any]:
     """The same model, padded and unpadded."""
     padded, packed = (
@@ -65,26 +56,18 @@ def pair(family: str, cls: type[Any] | None = None, **settings: Any) -> tuple[An
     return padded, packed
 
 
-def parts_in_stack(model: Any, family: str, mask: torch.Tensor) -> list[tuple[int, ...]]:
-    """(B, N) of what the first layer runs on, part by part."""
+def rows_in_stack(model: Any, family: str, mask: torch.Tensor) -> tuple[int, ...]:
+    """(B, N) of what the layers run on."""
     seen: list[tuple[int, ...]] = []
     names = lsg_patch.families.FAMILIES[family].names
     query = getattr(attentions(model, family)[0], names.query)
     handle = query.register_forward_hook(lambda *call: seen.append(tuple(call[2].shape[:2])))
     run(model, ids_like(mask, family), mask)
     handle.remove()
-    # ALBERT's layers are one and the same
-    return seen[: len(seen) // 2] if family == "albert" else seen
-
-
-def rows_in_stack(model: Any, family: str, mask: torch.Tensor) -> tuple[int, ...]:
-    """(B, N) of what the layers run on."""
-    [rows] = parts_in_stack(model, family, mask)
-    return rows
+    return seen[0]
 
 
 @families
-@pytest.mark.usefixtures("rows_at_once")
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_real_tokens_have_the_outputs_that_they_have_padded(
     family: str, mask: torch.Tensor
@@ -142,41 +125,6 @@ def test_layers_run_on_real_tokens_alone(family: str) -> None:
     _, packed = pair(family, mask_first_token=False)
     lengths = (93, 40, 40, 16, 16, 1)  # of as many blocks, as long as the longest of these
     assert rows_in_stack(packed, family, RIGHT) == (1, sum(lengths) + 6)
-
-
-@families
-@pytest.mark.parametrize(
-    ("rows_at_once", "rows"),
-    [
-        (60, [94, 41, 41, 36]),
-        (45, [94, 41, 41, 36]),
-        (98, [94, 82, 36]),
-        (1, [94, 41, 41, 17, 17, 2]),
-    ],
-    indirect=["rows_at_once"],
-)
-def test_layers_take_whole_sequences_up_to_so_many_rows(
-    family: str, rows_at_once: int, rows: list[int]
-) -> None:
-    _, packed = pair(family, mask_first_token=False)
-    of_layer: list[tuple[int, ...]] = []
-    first = find_modules(packed, str(lsg_patch.families.FAMILIES[family].layers))[0]
-
-    def see(layer: Any, args: Any, output: Any) -> None:
-        out = output if isinstance(output, torch.Tensor) else output[0]
-        of_layer.append(tuple(out.shape[:2]))
-
-    first.register_forward_hook(see)
-    assert parts_in_stack(packed, family, RIGHT) == [(1, count) for count in rows]
-    assert set(of_layer) == {(1, sum(rows))}
-
-
-@pytest.mark.parametrize("rows_at_once", [30], indirect=True)
-def test_no_attention_maps_in_parts_either(rows_at_once: int) -> None:
-    _, packed = pair("bert")
-    with pytest.warns(UserWarning, match="attentions are None"):
-        out = packed(ids_like(RIGHT, "bert"), RIGHT, output_attentions=True)
-    assert out.attentions == (None, None)
 
 
 def test_what_saves_nothing_is_not_packed() -> None:
@@ -244,7 +192,6 @@ def gradients(model: Any, family: str) -> dict[str, torch.Tensor]:
 
 
 @families
-@pytest.mark.usefixtures("rows_at_once")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_gradients(family: str, checkpointing: bool) -> None:
     # some gradients are zero but for rounding: of double precision there is none to speak of

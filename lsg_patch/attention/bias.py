@@ -19,7 +19,7 @@ class RelativeBias(NamedTuple):
     Attributes:
         table: (H, 2 * m + 1): entry ``m + d`` for a key ``d`` tokens behind its query, before it if
             ``d`` is negative; keys more than ``m`` tokens away have the bias of ``m``.
-        positions: (1 or B, N), where the rows stand, the global ones first; None, without global
+        positions: (1 or B, N), of the rows, the global ones first; None, without global
             rows: one after the other. Beyond two blocks the tokens of a row are taken to stand one
             after the other from its first one on; what is said of the others is not read.
     """
@@ -52,7 +52,7 @@ class RelativeBias(NamedTuple):
         return self.between(positions[:, queries], positions[:, None, keys])
 
     def global_positions(self, num_global: int) -> Tensor:
-        """(1 or B, 1, num_global): where the global rows stand, counted from the first token."""
+        """(1 or B, 1, num_global): positions of the global rows, counted from the first token."""
         if self.positions is None:
             return torch.zeros(1, 1, 0, dtype=torch.long, device=self.table.device)
         positions = self.positions[:, None, : num_global + 1]

@@ -1,4 +1,4 @@
-"""What a backend is asked for: the tokens' queries and the keys that they attend to."""
+"""The input of a backend: the tokens' queries and the keys that they attend to."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lsg_patch.attention.geometry import Geometry
 class Keys(NamedTuple):
     """``key`` and ``value`` (B, H, n, D); ``mask`` (B, 1 or H, n), True where a key is seen.
 
-    ``positions`` (1 or B, 1 or H, n) are where the keys stand among the tokens, if that is asked for
-    and does not follow from their index.
+    ``positions`` (1 or B, 1 or H, n) of the keys among the tokens, where a bias needs them and they do
+    not follow from the index.
     """
 
     key: Tensor
@@ -74,7 +74,7 @@ class Blocks(NamedTuple):
 
     @property
     def needs_grad(self) -> bool:
-        """Whether anybody will ask for a gradient."""
+        """Whether a gradient may be computed."""
         inputs = [*self.tensors, None if self.bias is None else self.bias.table]
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 

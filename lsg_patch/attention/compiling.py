@@ -16,6 +16,16 @@ def is_traced_to_onnx() -> bool:
     return bool(torch._C._get_tracing_state() and torch.onnx.is_in_onnx_export())
 
 
+def keeps_operations() -> bool:
+    """Whether it is torch.compile alone, which runs an operation of ours as it is.
+
+    Exported programs are run by others, and torch before 2.7 does not tell them from compiled ones.
+    """
+    if not hasattr(torch.compiler, "is_exporting") or torch._C._are_functorch_transforms_active():
+        return False
+    return torch.compiler.is_compiling() and not is_exporting()
+
+
 def is_compiling() -> bool:
     """Whether torch.compile, torch.export, torch.jit.trace, a CUDA graph or a transform of torch.func
     is following this call: then no value can be looked at, and memory is not to be written to.

@@ -125,7 +125,7 @@ def lsg_attention(
         key: of the same shape.
         value: of the same shape.
         padding_mask: (B, T) over the rows that are not global; True or 1 where a token is seen.
-            None: all are seen. What stands in masked rows changes nothing, as long as its scores are
+            None: all are seen. The contents of masked rows change nothing, as long as their scores are
             finite. bos_pooling weighs by the first row's query, which must then be a real token's.
         block_size: tokens a block, a multiple of ``sparsity_factor``.
         sparse_block_size: sparse tokens seen on each side, a multiple of ``sparsity_factor``;
@@ -134,8 +134,8 @@ def lsg_attention(
         first_token_global: for sequences without global rows: token 0 is seen by all and sees all
             (as in the reference's stand-alone layers), whatever the mask says of it. It stays in
             its place.
-        is_causal: a token sees only what stands before it. The global rows then see each other
-            alone, and the sparse tokens of the left side are seen. Then ``key`` and ``value`` may have
+        is_causal: a token sees only the tokens before it. The global rows then see each other
+            only, and the sparse tokens of the left side are seen. Then ``key`` and ``value`` may have
             more rows than ``query``, those of earlier tokens: (B, H, num_global_tokens
             + P + T, D) and a mask (B, P + T), the queries being the last T; everything before a token
             is seen by it.
@@ -155,7 +155,7 @@ def lsg_attention(
 
     Returns:
         (B, H, N, D), in the dtype of autocast where it is on. Rows that see no key at all are finite and
-        mean nothing. Beyond two blocks it is differentiable once; transforms of torch.func work.
+        arbitrary. Beyond two blocks it is differentiable once; transforms of torch.func work.
 
     Raises:
         ValueError: a shape, a size or a name does not fit; the message names the argument. Or the
@@ -319,7 +319,7 @@ def _split(x: Tensor, num_global: int) -> tuple[Tensor, Tensor]:
 def _full_causal_attention(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, settings: _Settings
 ) -> Tensor:
-    """``query`` (B, H, n, D), the last of the (B, H, m, D) rows, over what stands before each.
+    """``query`` (B, H, n, D), the last of the (B, H, m, D) rows, over the rows before each.
 
     Taken in parts, so that no mask is (n, m): many queries may meet many earlier keys.
     """
@@ -344,7 +344,7 @@ def _full_causal_attention(
 def _with_first_token_global(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: _Settings
 ) -> Tensor:
-    """Token 0 as a global token before all others, and masked where it stands."""
+    """Token 0 as a global token before all others, and masked at its own position."""
     length = key.shape[2]
     mask = query.new_ones(query.shape[0], length, dtype=torch.bool) if mask is None else mask
 
@@ -355,7 +355,7 @@ def _with_first_token_global(
     if settings.choose_by is not None:
         settings = settings._replace(choose_by=doubled(settings.choose_by))
     elsewhere = mask & (torch.arange(length, device=query.device) > 0)
-    # weighed pooling is by the first token's query, and counts that token where it stands
+    # weighted pooling uses the first token's query, and counts that token at its own position
     weighs = settings.sparsity_type == "bos_pooling" and settings.geometry.sparsity_factor > 1
     if settings.bias is not None:
         positions = settings.bias.positions
@@ -380,7 +380,7 @@ def _check_bias(bias: RelativeBias, key: Tensor, num_global: int) -> None:
         )
     if positions is None and num_global:
         raise ValueError(
-            f"relative_bias.positions is needed with num_global_tokens={num_global}: where do they stand?"
+            f"relative_bias.positions is needed with num_global_tokens={num_global}: pass those of all rows"
         )
     if positions is not None and positions.shape not in ((1, rows), (batch, rows)):
         raise ValueError(

@@ -122,7 +122,7 @@ class Geometry:
 
     @property
     def sparse_per_block(self) -> int:
-        """Sparse tokens that stand for a block of tokens."""
+        """Sparse tokens of one block of tokens."""
         return self.block_size // self.sparsity_factor
 
     @property
@@ -164,7 +164,7 @@ class Geometry:
         return (left,) if self.is_causal else (left, right)
 
     def sparse_positions(self, index: Tensor) -> Tensor:
-        """Where sparse tokens of this ``index`` stand that are means of neighbouring tokens."""
+        """Positions of the sparse tokens ``index``, for selections that average neighbouring tokens."""
         return index * self.sparsity_factor + (self.sparsity_factor - 1) // 2
 
     def whole(self, length: int) -> Run:

@@ -1,4 +1,4 @@
-"""The selections: which sparse tokens stand for the far part of a sequence.
+"""The selections: which sparse tokens represent the far part of a sequence.
 
 Each takes the tokens of a sequence and gives one sparse token for ``sparsity_factor`` tokens, in
 token order. A sparse token is seen when a token behind it is seen, whatever the dtype: padding
@@ -224,7 +224,7 @@ class _Buckets(NamedTuple):
     def _members(self, dtype: torch.dtype) -> Tensor:
         """(B, H, chunks, size, chunk): 1 where a token is in a bucket."""
         seen = self.seen.to(dtype).expand(self.bucket.shape)
-        # written where the ones stand: made of booleans it would take longer than all the rest
+        # scattered: converting booleans would take longer than all the rest
         members = seen.new_zeros(*seen.shape[:-1], self.size, seen.shape[-1])
         return members.scatter(-2, self.bucket.unsqueeze(-2), seen.unsqueeze(-2))
 

@@ -104,7 +104,7 @@ class Family:
         base_classes: class names of the base models (also of what they are derived from).
         attentions: the self-attention modules, ``*`` for the index of a layer.
         stack: the module that runs the layers; what goes in and out of it is changed there.
-        embeddings: it embeds the tokens, and it holds the global ones, so that they stand in the
+        embeddings: it embeds the tokens, and it holds the global ones, so that they are in the
             state dict where the reference has them. Where the stack embeds its input itself (BART's
             encoder), it is the ``stack``.
         global_path: modules below ``embeddings`` that a global token passes, as a word does; one
@@ -124,16 +124,16 @@ class Family:
             formula gives it, else None: ``computed_positions(rows, offset, length, config)`` of the
             old ``rows`` (offset + n, width), with which it begins.
         position_buffers: buffers of ``embeddings`` as long as the position table.
-        decoder: the module that reads what the encoder gives; its attention stays as it is.
+        decoder: the module that reads what the encoder gives; its attention is not patched.
         decoder_positions: its position table, below the base model. It grows as well: heads for
             classification and questions read the whole input by the decoder too, and a saved
             model's config states one length for both tables.
         begins_with_cls: whether inputs begin with the cls/bos token, which the first global token
-            can then stand in for.
+            can then replace.
         names: the attributes of a self-attention module.
         output: what a self-attention module makes of its input (B, N, width) and of the joined
             heads (B, N, heads * head size): ``output(module, hidden, context)``.
-        relative_bias: where scores depend on how far a key stands from its query: the bias of each
+        relative_bias: where scores depend on the distance of key and query: the bias of each
             distance, (H, 2 * m + 1) as in ``RelativeBias``: ``relative_bias(stack)``, read in each
             forward. Not where the stack embeds its input itself.
         methods_left_out: methods of ``stack`` that a patched one must not run, since they make
@@ -166,21 +166,13 @@ class Family:
     decoder_positions: str | None = None
 
     @property
-    def layers(self) -> str | None:
-        """The modules that hold a self-attention module each, and what follows it; None: there are
-        none, the stack runs the self-attention modules themselves.
-        """
-        layers, _, rest = self.attentions.rpartition("*")
-        return f"{layers}*" if layers and rest else None
-
-    @property
     def embeds_in_stack(self) -> bool:
         """Whether the module that runs the layers also makes the embeddings of its input."""
         return self.embeddings == self.stack
 
 
 def find_modules(root: nn.Module, path: str) -> list[nn.Module]:
-    """The modules below ``root`` at ``path``, in order; ``*`` stands for every child.
+    """The modules below ``root`` at ``path``, in order; ``*`` matches every child.
 
     Raises:
         AttributeError: there is none of that name.

@@ -22,7 +22,7 @@ BERT_GENERATION = Family(
 )
 ELECTRA = Family("electra", ("ElectraModel",), projection="embeddings_project")
 ERNIE = Family("ernie", ("ErnieModel",), first_token_extra=first_task)
-# its norms stand before each layer and after the last: none in the embeddings
+# its norms are before each layer and after the last: none in the embeddings
 MEGATRON_BERT = Family("megatron-bert", ("MegatronBertModel",), global_path=("dropout",))
 # the stack itself widens the embeddings
 REMBERT = Family("rembert", ("RemBertModel",))

@@ -1,7 +1,7 @@
 """Families that read documents with a layout: each token has a place besides its position.
 
 Where an input does not tell it, and for the token that an input begins with, it is an empty one; a
-global token stands in for that token, so it has the same.
+global token replaces that token, so it has the same.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-_OWN_SPARSE = "its attention is sparse already, so that it reads long inputs as it is"
+_OWN_SPARSE = "its attention is sparse already, so it reads long inputs without a patch"
 _USE_OTHER = "patch a BERT, RoBERTa or ELECTRA model of the same language or domain"
 _DISENTANGLED = (
     "its attention scores have terms of one token's content with its distance from the other, which "

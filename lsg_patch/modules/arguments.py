@@ -1,4 +1,4 @@
-"""Arguments of a call, wherever they stand: by position in one version, by name in another."""
+"""Arguments of a call: by position in one version of transformers, by name in another."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """The edges of a decoder's layer stack: what ``stack`` does, for tokens that see what is before them.
 
-A decoder reads its input in steps: T tokens, after P whose keys and values a cache holds. Global
-tokens see each other alone, so that they are the same at every step: they are put in front of
-every step's tokens, and no cache holds them. The first step is laid out as an encoder's input is;
-at later ones tokens stay where they are and see everything before them. Padding may stand
-anywhere; the mask is over all P + T tokens. As in ``stack``, a hook refers to no module.
+A decoder reads its input in steps: T tokens, after P whose keys and values are in a cache. Global
+tokens see only each other, so they are the same at every step: they are prepended to the tokens of
+each step and are not cached. The first step is laid out like an encoder's input; at later steps
+tokens keep their places and see everything before them. Padding may be anywhere; the mask is over
+all P + T tokens. As in ``stack``, a hook refers to no module.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What runs before and after a base model: hooks, or what stands in for them below a user's forward.
+"""What runs before and after a base model: forward hooks, or a mixin below a user's own forward.
 
-A hook sees the arguments that a module is called with. Those of a base model are transformers', unless
-a user's class overrides its forward: then the hooks stand around the forward that it calls by
-``super()``. Modules inside are called by transformers, with its arguments, whatever their class.
+A hook sees the arguments of the call. For a base model they are those of transformers, unless a user's
+class overrides its forward: then the hooks run around the forward that it calls by ``super()``. Inner
+modules are always called by transformers, with its arguments.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class EnterEncoder:
 
     def _with_globals(self, encoder: nn.Module, embeds: Tensor) -> Tensor:
         """Words (B, T0, width) with their positions, and global tokens: (B, g + T0, width)."""
-        # past the hooks, which take the positions from everybody else
+        # by forward: the hooks on this table return zeros
         places = getattr(encoder, self.positions).forward(
             self.position_input.like(embeds[:1, :, -1])
         )
@@ -135,7 +135,7 @@ class EnterDecoder:
     """Before the decoder, where it sees the global tokens: its mask over the encoder's output.
 
     Where the first token is masked, the decoder does not see it either: it sees the global token
-    that stands in for it, whether a mask was given or not.
+    that replaces it, with or without a mask.
     """
 
     config: LSGConfig

@@ -43,7 +43,7 @@ class GlobalEmbeddings(nn.Module):
                     len(rows),
                     len(self.weight),
                 )
-            # the caller's dictionary stays as it is
+            # the caller's dictionary is not changed
             state_dict = {**state_dict, name: rows[: len(self.weight)]}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -72,7 +72,7 @@ def global_positions(
     is patched, and say what the global tokens are at first. Where scores depend on the distance of
     two tokens, global tokens have places among them: there they are positions of the patched model's
     length, so that they follow from the settings alone, and each counts from the row's first real
-    token, in whose place the first global token stands. The tokens keep the positions that they
+    token, which the first global token replaces. The tokens keep the positions that they
     have unpatched.
     """
     order = strided_positions(num_positions, stride, device)
@@ -94,7 +94,7 @@ def initial_rows(
 ) -> Tensor:
     """What the global tokens are before any training: (num_global_tokens, width).
 
-    The first is the cls/bos token at position 0, so that it can stand in for the first token of an
+    The first is the cls/bos token at position 0, so that it can replace the first token of an
     input; the others are mask tokens at positions spread by ``stride``, or with ``random_init`` drawn
     from a normal distribution of the mean and the covariance of ``words``.
 

@@ -1,12 +1,10 @@
 """Where the tokens of an input lie in the layer stack, and back.
 
-Global tokens stand in front, padding is turned to the right side; or the real
-tokens alone are packed.
+Global tokens come first and padding is moved to the right; or only the real tokens are packed.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -41,28 +39,14 @@ class Batch(NamedTuple):
         """Rows of the stack."""
         return self.sequences * self.size
 
-    def split(self, most: int) -> list[Batch]:
-        """The same sequences in batches of at most ``most`` rows, but of one sequence at least."""
-        each = max(1, most // self.size)
-        return [self._some(slice(at, at + each)) for at in range(0, self.sequences, each)]
-
-    def _some(self, which: slice) -> Batch:
-        def own(x: Tensor | None) -> Tensor | None:
-            return x if x is None or len(x) == 1 else x[which]
-
-        bias = self.bias
-        if bias is not None:
-            bias = bias._replace(positions=own(bias.positions))
-        return Batch(len(range(self.sequences)[which]), self.size, own(self.key_mask), bias)
-
 
 class Layout(NamedTuple):
     """How a batch lies in the stack; the layers receive it in place of a padding mask.
 
     A row of the stack is [global tokens | the row's tokens from its first real one on | padding];
-    in short inputs whose first token is masked, the first global token stands in its very place.
-    Padding on the left is turned to the right side: then blocks begin where the text begins, and
-    results do not depend on how much padding there was.
+    in short inputs whose first token is masked, the first global token replaces it.
+    Padding on the left is moved to the right: then blocks begin where the text begins, and results do
+    not depend on the amount of padding.
 
     Attributes:
         key_mask: (1 or B, T) over the tokens of the stack, True where one is seen as a key; None:
@@ -89,39 +73,16 @@ class Layout(NamedTuple):
             "unpatch_model(model) first, put it there, and patch the model anew"
         )
 
-    def parts(self, most: int) -> list[tuple[slice, Layout]]:
-        """The rows of a packed stack in parts, of at most ``most`` rows where sequences allow it."""
-        parts: list[list[Batch]] = []
-        room = 0
-        for batch in chain.from_iterable(batch.split(most) for batch in self.batches):
-            if batch.rows > room:
-                parts.append([])
-                room = most
-            parts[-1].append(batch)
-            room -= batch.rows
-        ends = list(accumulate(sum(batch.rows for batch in part) for part in parts))
-        slices = [slice(start, end) for start, end in pairwise([0, *ends])]
-        return [
-            (rows, self._part(rows, tuple(batches)))
-            for rows, batches in zip(slices, parts, strict=True)
-        ]
-
-    def _part(self, rows: slice, batches: tuple[Batch, ...]) -> Layout:
-        rotation = self.rotation
-        if rotation is not None:
-            rotation = rotation[0][:, rows], rotation[1][:, rows]
-        return self._replace(rotation=rotation, batches=batches)
-
 
 class Placement(NamedTuple):
     """Where the tokens of an input (B, T0) go.
 
     Attributes:
         first: (1 or B, 1), each row's first real token.
-        tokens: (1 or B, T), the input's token in each place of the stack; what stands in a place of
-            padding means nothing.
-        stood_in: 1 where the first token gets no place, because a global token stands in for it.
-        turned: whether tokens may lie in another order than in the input.
+        tokens: (1 or B, T), the input's token at each position of the stack; at padding positions any
+            valid index.
+        stood_in: 1 where a global token replaces the first token, which then has no position.
+        turned: whether the order of tokens may differ from the input's.
     """
 
     first: Tensor
@@ -192,7 +153,7 @@ def _layout(
     position = torch.arange(length, device=tokens.device)[None]
     rows = config.num_global_tokens - stood_in + _around(position - first, length)
     if pool and config.pool_with_global and config.num_global_tokens:
-        # the first global token stands in for the first real one, and for padding before it
+        # the first global token's output is that of the first real token, and of padding before it
         rows = rows.masked_fill(position <= first, 0)
     return Layout(key_mask, rows)
 
@@ -201,8 +162,8 @@ class Packing(NamedTuple):
     """A batch of which the real tokens alone are in the stack.
 
     Attributes:
-        taken: (N,), the row of the input (B * (g + T0)) in each place of the stack; what stands in a
-            place of padding means nothing.
+        taken: (N,), the row of the input (B * (g + T0)) at each position of the stack; at padding
+            positions any valid index.
         layout: of the stack.
     """
 
@@ -238,7 +199,7 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
     for blocks, of in alike.items():
         which = torch.tensor(of, device=mask.device)[:, None]
         begins, ends = first[which], end[which]
-        # the batch that these rows would be by themselves, without what stands before and after
+        # the batch that these rows would be by themselves, without the padding around them
         turned = (begins + position[: longest[blocks]]).clamp(max=length - 1)
         own_mask = None
         if any(counts[row] != longest[blocks] for row in of):
@@ -339,7 +300,7 @@ def _enter_packed(
 
 def packing_of(mask: Tensor | None, config: LSGConfig) -> Packing | None:
     """How the input is packed, if it is to be."""
-    # in a graph the lengths of this batch would stand for those of every other one
+    # a graph would keep the lengths of this batch for every other one
     if config.unpad is False or mask is None or is_compiling():
         return None
     # up to two blocks padding, too, has the output that it has unpatched

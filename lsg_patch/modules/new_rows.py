@@ -36,7 +36,7 @@ class NewRowsTrain(Swapped):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         rows = state_dict.get(f"{prefix}weight")
-        if rows is not None:  # the caller's dictionary stays as it is
+        if rows is not None:  # the caller's dictionary is not changed
             state_dict = {**state_dict, prefix + NEW_ROWS: rows[-len(self.new_rows) :]}
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -123,7 +123,7 @@ class LSGSelfAttention(Swapped):
         return context.transpose(1, 2).flatten(2)
 
     def _attend_packed(self, batches: tuple[Batch, ...], *tensors: Tensor) -> Tensor:
-        """The same of (1, H, N, D) in which the ``batches`` stand one after the other."""
+        """The same of (1, H, N, D), the concatenation of the ``batches``."""
         sizes = [batch.rows for batch in batches]
         contexts = []
         for batch, *heads in zip(batches, *(x.split(sizes, dim=2) for x in tensors), strict=True):
@@ -147,7 +147,7 @@ def swap_attention(
     journal: Journal,
     is_causal: bool = False,
 ) -> None:
-    """Make ``module`` attend by LSG, to what stands before each token alone if ``is_causal``."""
+    """Make ``module`` attend by LSG; if ``is_causal``, each token to those before it only."""
     names = family.names
     shapes: list[tuple[int, int, int]] = []
     if config.sparsity_type == "lsh":

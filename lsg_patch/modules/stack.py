@@ -35,13 +35,13 @@ from lsg_patch.modules.link import Link
 
 @dataclass(frozen=True)
 class FirstWord:
-    """The cls/bos token that a masked first token is taken for: an embedded input may have another."""
+    """The cls/bos token that the first token must be to be masked: an embedded input may differ."""
 
     words: str
     token_id: int
 
     def check(self, base: nn.Module, embeds: Tensor, mask: Tensor | None) -> None:
-        """Warns where no row of ``embeds`` (B, T, width) begins with it: nothing sees that token."""
+        """Warn if no row of ``embeds`` (B, T, width) begins with it: that token would be hidden."""
         if is_compiling() or embeds.is_meta or not embeds.numel():
             return
         row, at = torch.arange(len(embeds), device=embeds.device), torch.tensor(0)
@@ -277,8 +277,8 @@ def carry_globals(projection: nn.Module, args: Args, output: Tensor) -> None:
 
 @dataclass(frozen=True)
 class PrependGlobals:
-    """Global tokens in front of embedded ones: those noted on them, or where somebody has put others
-    in their place, or calls the stack alone, as they are for any input.
+    """Prepend global tokens to embedded ones: those noted on the tensor, or, if a caller replaced the
+    tensor or calls the stack alone, those of any input.
     """
 
     tokens: GlobalTokens
@@ -289,7 +289,7 @@ class PrependGlobals:
         """(B, g + T0, width) of ``embedded`` (B, T0, width)."""
         rows, differentiable = getattr(embedded, NOTE, (None, None))
         if rows is not None and not is_compiling():
-            delattr(embedded, NOTE)  # what is kept for another call has no note that has aged
+            delattr(embedded, NOTE)  # a tensor that is used again must not carry an old note
         if rows is None or differentiable != torch.is_grad_enabled():
             embeddings: Any = base.get_submodule(self.embeddings)
             rows = self.tokens.of(embeddings.lsg_self.module, embedded)
@@ -468,7 +468,7 @@ def map_hidden_states(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _are_hidden_states(value: Any) -> bool:
-    # None stands for one that was not asked for (5.23 takes a list of layers)
+    # None: a hidden state that was not requested (5.23 takes a list of layers)
     return (
         isinstance(value, (tuple, list))
         and any(x is not None for x in value)

@@ -3,8 +3,8 @@
 A module stays the same object, with the same parameters, hooks and children, and stays an instance
 of the class that it was. Copies, pickles and replicas are of the subclass too.
 
-A mixin stands in front of the class of transformers. Where a user's class overrides its forward, that
-forward goes on running, and what it calls by ``super()`` is the mixin's:
+A mixin precedes the class of transformers in the MRO. A user's class that overrides its forward keeps
+that forward, which reaches the mixin by ``super()``:
 
     BertModel               -> made(mixin, BertModel)
     Theirs(BertModel)       -> made(Theirs, made(mixin, BertModel))
@@ -24,7 +24,7 @@ from lsg_patch.undo import Change, Journal
 
 
 class Swapped(nn.Module):
-    """Mixed into the class of a module: what it defines stands before what transformers has."""
+    """Mixed into the class of a module: its methods override those of transformers."""
 
     prefix = ""  # of the subclass's name
     mixin: type[Swapped]
@@ -123,6 +123,6 @@ def hidden_forward(module: nn.Module) -> str | None:
 
 
 def _blank(mixin: type[Swapped], cls: type[nn.Module]) -> nn.Module:
-    """A module of that class without contents; whoever copies it fills it."""
+    """An empty module of that class; ``copy`` and ``pickle`` fill it."""
     made = swapped_class(mixin, cls)
     return made.__new__(made)

@@ -154,7 +154,7 @@ def plan_of(geometry: Geometry, blocks: int, num_global: int, device: torch.devi
                 end[i, at : at + count] = (last + 1) * geometry.block_size
             at += size
         if geometry.is_causal:
-            # within its own block a query sees what stands before it
+            # within its own block a query sees the tokens before it
             begin[0, :length] = begin[0, :length].maximum(torch.arange(length))
         of_global = slice(at - sizes[-1], at - sizes[-1] + num_global)
         begin[0, of_global], end[0, of_global] = 0, LAST

@@ -99,7 +99,7 @@ class Piece(NamedTuple):
         return additive(seen, query.dtype)[None, None, None]
 
     def _positions(self) -> list[Tensor]:
-        """Where the keys of ``windows`` stand, counted from the start of the block that sees them.
+        """Positions of the keys of ``windows``, counted from the start of the block that sees them.
 
         Each (1 or rows, 1 or heads, 1 or blocks, size): what is the same for all blocks is there once.
         """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsg_patch.attention.backends.pieces import Piece, Workspace, cache_bytes, pieces
-from lsg_patch.attention.blocks import Blocks, memory_like
-from lsg_patch.attention.geometry import unfold_windows
+from lsg_patch.attention.blocks import Blocks, Keys, memory_like
+from lsg_patch.attention.geometry import Geometry, unfold_windows
 
 # half precision would lose what the sums are made of
 DTYPES = (torch.float32, torch.float64)
@@ -108,6 +109,56 @@ class _BlockAttention(torch.autograd.Function):
             step.add_to(grads[::2], key)
         grad_global = grad[:, :, :num_global] if num_global else None
         return None, None, None, grad_global, grad_query, *grads
+
+
+def as_operation(blocks: Blocks) -> Tensor:
+    """``block_attention`` as one operation of a compiled graph, without a gradient."""
+    sparse = () if blocks.sparse is None else blocks.sparse[:3]
+    keys = [list(of[:3]) for of in (blocks.global_keys, sparse, blocks.tokens)]
+    settings = list(map(int, astuple(blocks.geometry)))
+    out: Tensor = torch.ops.lsg_patch.block_attention(
+        blocks.query, *keys, blocks.global_output, settings, blocks.scale
+    )
+    return out
+
+
+def _run_operation(
+    query: Tensor,
+    global_keys: list[Tensor],
+    sparse: list[Tensor],
+    tokens: list[Tensor],
+    global_output: Tensor | None,
+    geometry: list[int],
+    scale: float,
+) -> Tensor:
+    block_size, sparse_block_size, factor, is_causal = geometry
+    return block_attention(
+        Blocks(
+            query,
+            Keys(*global_keys),
+            Keys(*sparse) if sparse else None,
+            Keys(*tokens),
+            Geometry(block_size, sparse_block_size, factor, bool(is_causal)),
+            scale,
+            global_output=global_output,
+        )
+    )
+
+
+def _shape_operation(query: Tensor, *keys: Any) -> Tensor:
+    global_output = keys[3]
+    num_global = 0 if global_output is None else global_output.shape[2]
+    return memory_like(query, num_global + query.shape[2])
+
+
+if hasattr(torch.library, "custom_op"):  # torch 2.4 and later
+    torch.library.custom_op(
+        "lsg_patch::block_attention",
+        _run_operation,
+        mutates_args=(),
+        schema="(Tensor query, Tensor[] global_keys, Tensor[] sparse, Tensor[] tokens, "
+        "Tensor? global_output, int[] geometry, float scale) -> Tensor",
+    ).register_fake(_shape_operation)
 
 
 class _Step(NamedTuple):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lsg_patch.attention.backends import products
 from lsg_patch.attention.backends.pieces import Piece, cache_bytes, pieces, runs
 from lsg_patch.attention.blocks import Blocks
-from lsg_patch.attention.compiling import is_compiling
+from lsg_patch.attention.compiling import is_compiling, keeps_operations
 
 # products of whole matrices need a fast library; with it, training and inference have the same bits
 HAS_BLAS = torch.backends.mkl.is_available()
@@ -17,6 +17,8 @@ HAS_BLAS = torch.backends.mkl.is_available()
 
 def block_attention(blocks: Blocks) -> Tensor:
     """LSG attention of the tokens' queries, after the global output: (B, H, g + T, D), linear in T."""
+    if blocks.query.device.type == "cpu" and _runs_as_operation(blocks):
+        return products.as_operation(blocks)
     if blocks.query.device.type != "cpu" or is_compiling():
         return _at_once(blocks)
     # a checkpoint runs the forward without a gradient and then with one: dropout is to be the same
@@ -30,6 +32,13 @@ def block_attention(blocks: Blocks) -> Tensor:
     for piece in pieces(blocks, cache_bytes()):
         piece.part(tokens_out).copy_(_attend(piece))
     return out
+
+
+def _runs_as_operation(blocks: Blocks) -> bool:
+    """Whether compiled code calls the products that run uncompiled: faster than what inductor makes."""
+    if not keeps_operations() or blocks.needs_grad or blocks.dropout_p > 0:
+        return False
+    return HAS_BLAS and products.can_run(blocks)
 
 
 def _at_once(blocks: Blocks) -> Tensor:
