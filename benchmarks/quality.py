@@ -21,9 +21,9 @@ from torch.nn.functional import normalize
 
 from benchmarks import texts
 from benchmarks.store import conditions
-from benchmarks.texts import Document
 from lsg_patch import chunk_embeddings, patched
 from lsg_patch.demo import bundled_model, load_encoder
+from lsg_patch.tuning import Document, interval, passages, reciprocal_ranks, tokenized
 
 PARTS = (8, 16, 32)  # of a document: a vector each
 # of queries: the tokens of each of their passages
@@ -31,7 +31,6 @@ KINDS = {
     "passage": (40,),
     "two passages": (20, 20),
 }
-RESAMPLES = 2000
 # the ways to read by which pass keys and needles are looked for as well
 NEEDLES = ("patched, defaults", "patched, none 64, 128 rows")
 
@@ -72,6 +71,12 @@ def readings(tokens: int) -> list[Reading]:
     return apart + [Reading(name, 1, own) for name, own in settings.items()]
 
 
+def spans_of(document: Document, parts: int, tokens: int) -> list[tuple[int, int]]:
+    """Of ``parts`` equal parts of a document of ``tokens``, special ones among them."""
+    size = tokens // parts
+    return [document.span(i, i + size) for i in range(0, len(document.offsets), size)]
+
+
 @dataclass
 class Encoder:
     model: Any
@@ -94,7 +99,7 @@ class Encoder:
     ) -> dict[int, Tensor]:
         """Those of each document, by their number: (documents, number, width)."""
         numbers = PARTS if reading.parts == 1 else (reading.parts,)
-        spans = [[x for n in numbers for x in d.spans(n, tokens)] for d in documents]
+        spans = [[x for n in numbers for x in spans_of(d, n, tokens)] for d in documents]
         if reading.parts == 1:
             spans = [[(0, len(d.text)), *x] for d, x in zip(documents, spans, strict=True)]
             found = torch.stack(self.whole([d.text for d in documents], spans))
@@ -102,23 +107,6 @@ class Encoder:
         pieces = [d.text[slice(*x)] for d, own in zip(documents, spans, strict=True) for x in own]
         many = self.embed(pieces).view(len(documents), reading.parts, -1)
         return {1: normalize(many.mean(1, keepdim=True), dim=-1), reading.parts: many}
-
-
-def reciprocal_ranks(queries: Tensor, vectors: Tensor, targets: Sequence[int]) -> Tensor:
-    """Of each query's document, by its nearest vector; a tie counts against it."""
-    scores = torch.einsum("qw,dnw->qdn", queries, vectors).amax(-1)
-    own = scores[torch.arange(len(targets)), torch.tensor(targets)]
-    return 1 / (scores >= own[:, None]).sum(1)
-
-
-def interval(values: Tensor, targets: Sequence[int], seed: int) -> list[float]:
-    """The mean of ``values``, and both ends of its 95% interval, documents being drawn anew."""
-    generator, of = torch.Generator().manual_seed(seed), torch.tensor(targets)
-    sums = torch.zeros(int(of.max()) + 1).index_add(0, of, values)
-    counts = torch.bincount(of).float()
-    drawn = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=generator)
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    return [float(values.mean()), *means.quantile(torch.tensor([0.025, 0.975])).tolist()]
 
 
 def found_needles(
@@ -132,7 +120,7 @@ def found_needles(
             "needle": texts.needles(length, tokenizer, documents),
         }
         for kind, (strings, questions) in hidden.items():
-            found = texts.tokenized(tokenizer, strings)
+            found = tokenized(tokenizer, strings)
             parts = [[d.span(i, i + size) for i in range(0, length - 2, size)] for d in found]
             if reading.parts == 1:
                 spans = [[(0, len(d.text)), *x] for d, x in zip(found, parts, strict=True)]
@@ -190,7 +178,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for source, documents in sources.items():
                 vectors = encoder.vectors(reading, documents, tokens)
                 for kind, lengths in KINDS.items():
-                    queries = texts.passages(documents, options.queries, lengths, seed)
+                    queries = passages(documents, options.queries, lengths, seed)
                     # what else there is to set changes no text of two blocks
                     of = (source, kind, reading.settings.get("positions"))
                     if of not in asked:

@@ -10,11 +10,11 @@ import random
 import re
 import tokenize
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lsg_patch.demo import MODULES, module_text
+from lsg_patch.tuning import Document, tokenized
 
 # packages whose modules have comments and docstrings of several kinds; those that are there are taken
 COMMENTED = (
@@ -29,32 +29,6 @@ COMMENTED = (
 )
 # of the shorter of two texts: the share of runs of five words that the other one has too
 NEAR_DUPLICATE = 0.2
-DROPPED = 0.3  # of a query's words
-
-
-@dataclass(frozen=True)
-class Document:
-    name: str
-    text: str
-    offsets: tuple[tuple[int, int], ...]  # of its tokens, in characters
-
-    def span(self, first: int, last: int) -> tuple[int, int]:
-        """The characters of the tokens from ``first`` to before ``last``."""
-        return self.offsets[first][0], self.offsets[min(last, len(self.offsets)) - 1][1]
-
-    def part(self, first: int, last: int) -> str:
-        return self.text[slice(*self.span(first, last))]
-
-    def spans(self, parts: int, tokens: int) -> list[tuple[int, int]]:
-        """Of ``parts`` equal parts of a document of ``tokens``, special ones among them."""
-        size = tokens // parts
-        return [self.span(i, i + size) for i in range(0, len(self.offsets), size)]
-
-
-@dataclass(frozen=True)
-class Query:
-    text: str
-    document: int  # the index of that which it is taken from
 
 
 def documentation() -> Iterator[tuple[str, str]]:
@@ -116,15 +90,6 @@ def comments_of(file: Path) -> str:
     return "\n".join(said[line] for line in sorted(said) if line > 20 or line == 1)
 
 
-def tokenized(tokenizer: Any, strings: Sequence[str]) -> list[Document]:
-    """Without names, and without special tokens."""
-    encoded = tokenizer(
-        list(strings), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    offsets = [tuple(map(tuple, row)) for row in encoded["offset_mapping"]]
-    return [Document("", *both) for both in zip(strings, offsets, strict=True)]
-
-
 def choose(
     texts: Iterator[tuple[str, str]], count: int, tokens: int, tokenizer: Any
 ) -> list[Document]:
@@ -148,32 +113,6 @@ def choose(
         if len(chosen) == count:
             break
     return chosen
-
-
-def passages(
-    documents: Sequence[Document], each: int, lengths: Sequence[int], seed: int
-) -> list[Query]:
-    """``each`` queries of every document: passages of these ``lengths`` in tokens, from anywhere, two
-    of them half a document apart, without ``DROPPED`` of their words; none that another one has too.
-    """
-    draw, queries = random.Random(seed), []
-    for index, document in enumerate(documents):
-        others = [other.text for i, other in enumerate(documents) if i != index]
-        apart = len(document.offsets) // 2
-        last = len(document.offsets) - apart * (len(lengths) - 1) - lengths[-1]
-        starts = draw.sample(range(last), last)
-        for _ in range(each):
-            found = [""]
-            while any(part in other for part in found for other in others):
-                begin = starts.pop()
-                found = [
-                    document.part(begin + i * apart, begin + i * apart + length)
-                    for i, length in enumerate(lengths)
-                ]
-            words = " ".join(found).split()
-            kept = draw.sample(range(len(words)), max(1, round(len(words) * (1 - DROPPED))))
-            queries.append(Query(" ".join(words[i] for i in sorted(kept)), index))
-    return queries
 
 
 NAMES = ("Ada", "Bruno", "Clara", "Dmitri", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas")

@@ -278,6 +278,35 @@ def plot(
     print(out)
 
 
+@app.command(epilog="Example: `lsg-patch tune bert-base-uncased --file texts/ --max-length 2048`")
+def tune(
+    model: Model,
+    file: Annotated[
+        list[Path],
+        typer.Option(help="A text, a folder of .txt, or a .jsonl with `text`; may be repeated."),
+    ],
+    max_length: MaxLength = 4096,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="A vector for each so many tokens; by default one for a text."),
+    ] = None,
+    queries: Annotated[int, typer.Option(min=1, help="Passages of each text.")] = 4,
+    limit: Annotated[int, typer.Option(min=2, help="Texts that are read, the first ones.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """Say which settings find most in your own texts, by the mean of the outputs, without labels."""
+    from lsg_patch import tuning
+
+    texts = tuning.read_texts(file)[:limit]
+    rows = tuning.tune(*_load(model), texts, max_length, chunk_tokens, queries)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    title = f"{rows[0]['queries']} passages look for their texts, of {len(texts)}; intervals of 95%"
+    _print_table(title, [tuning.cells(row) for row in rows])
+    print("\n".join(tuning.verdict(rows)))
+
+
 @app.command(epilog="Example: `lsg-patch bench roberta-base --length 1024 --length 4096`")
 @with_settings
 def bench(

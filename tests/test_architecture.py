@@ -35,6 +35,7 @@ FORBIDDEN = {
     "conversion.py": ("cli", "commands", "demo", "memory"),
     "costs.py": ("transformers", "checkpoints", "plots", "cli", "commands", "demo"),
     "exporting.py": ("transformers", "plots", "cli", "commands", "demo"),
+    "tuning.py": ("transformers", "checkpoints", "plots", "cli", "commands", "demo"),
     "plots.py": ("transformers", "checkpoints", "cli", "commands", "demo"),
     "published.py": ("transformers", "checkpoints", "patching", "plan", "weights"),
     "inspection.py": ("transformers", "checkpoints", "patching", "plan", "weights"),

@@ -18,7 +18,7 @@ from lsg_patch.families import FAMILIES
 from tests.models import tiny_model
 from tests.tokenizers import real_tokenizer
 
-COMMANDS = ("demo", "families", "inspect", "convert", "export", "plot", "bench")
+COMMANDS = ("demo", "families", "inspect", "convert", "export", "plot", "bench", "tune")
 
 
 def run(*arguments: object) -> int:
@@ -104,6 +104,11 @@ def test_every_setting_is_an_option_and_explained(capsys: Any, monkeypatch: Any)
         ["plot", "OUT.png", "--length", "64", "--query", "64"],
         ["plot", "OUT.of-no-kind"],
         ["bench", "CHECKPOINT", "--length", "0"],
+        ["tune", "CHECKPOINT"],
+        ["tune", "CHECKPOINT", "--file", "/no/such/file"],
+        ["tune", "CHECKPOINT", "--file", "CHECKPOINT", "--limit", "1"],
+        ["tune", "CHECKPOINT", "--file", "CHECKPOINT"],  # one file of short words
+        ["tune", "/no/such/folder", "--file", "CHECKPOINT"],
     ],
     ids=" ".join,
 )

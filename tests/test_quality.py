@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import quality, texts
 from benchmarks.__main__ import main
+from lsg_patch import tuning
 from lsg_patch.demo import bundled_model, load_encoder
 
 needs_weights = pytest.mark.skipif(
@@ -38,7 +39,7 @@ def test_documents_are_cut_to_one_length_and_are_no_duplicates(tokenizer: Any) -
     assert [document.name for document in chosen] == ["a", "b"]
     for document in chosen:
         assert len(tokenizer(document.text)["input_ids"]) == 100
-        parts = [document.text[slice(*span)] for span in document.spans(4, 100)]
+        parts = [document.text[slice(*span)] for span in quality.spans_of(document, 4, 100)]
         sizes = [len(tokenizer.tokenize(part)) for part in parts]
         assert sizes == [25, 25, 25, 23] and document.text.endswith(parts[-1])
 
@@ -46,14 +47,14 @@ def test_documents_are_cut_to_one_length_and_are_no_duplicates(tokenizer: Any) -
 @needs_weights
 def test_queries_are_of_their_documents_and_of_no_other(tokenizer: Any) -> None:
     documents = texts.choose(iter(map(numbered, "abc")), 3, 300, tokenizer)
-    found = texts.passages(documents, 4, (40,), seed=1)
+    found = tuning.passages(documents, 4, (40,), seed=1)
     assert [query.document for query in found] == [i for i in range(3) for _ in range(4)]
     for query in found:
         words = [word for word in query.text.split() if word in documents[query.document].text]
         assert len(words) >= len(query.text.split()) - 2  # a word may be cut at an end
-    assert texts.passages(documents, 4, (40,), seed=1) == found
-    assert texts.passages(documents, 4, (40,), seed=2) != found
-    for query in texts.passages(documents, 4, (20, 20), seed=1):
+    assert tuning.passages(documents, 4, (40,), seed=1) == found
+    assert tuning.passages(documents, 4, (40,), seed=2) != found
+    for query in tuning.passages(documents, 4, (20, 20), seed=1):
         own = documents[query.document].text
         places = [own.index(f" {word} ") for word in query.text.split() if f" {word} " in own]
         gap = max(after - before for before, after in pairwise(sorted(places)))
@@ -90,15 +91,15 @@ def test_ranks_are_those_of_the_nearest_vector_and_ties_count_against() -> None:
         [[[1.0, 0.0], [0.0, 1.0]], [[0.6, 0.8], [0.8, 0.6]], [[0.0, 1.0], [0.0, 1.0]]]
     )
     queries = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    found = quality.reciprocal_ranks(queries, vectors, [0, 1, 2])
+    found = tuning.reciprocal_ranks(queries, vectors, [0, 1, 2])
     assert found.tolist() == [1, 0.5, 0.5]
 
 
 def test_intervals_are_drawn_over_documents() -> None:
-    same = quality.interval(torch.full((8,), 0.25), [0, 0, 1, 1, 2, 2, 3, 3], seed=0)
+    same = tuning.interval(torch.full((8,), 0.25), [0, 0, 1, 1, 2, 2, 3, 3], seed=0)
     assert same == [0.25, 0.25, 0.25]
     targets = [i // 50 for i in range(100)]  # two documents: one always found, the other never
-    mean, low, high = quality.interval(torch.tensor([1.0] * 50 + [0.0] * 50), targets, seed=0)
+    mean, low, high = tuning.interval(torch.tensor([1.0] * 50 + [0.0] * 50), targets, seed=0)
     assert (mean, low, high) == (0.5, 0, 1)
 
 
