@@ -64,6 +64,11 @@ def with_own_forward(module: Any) -> Any:
     return module
 
 
+def with_compiled_forward(module: Any) -> Any:
+    module.forward = compiled(module.forward)
+    return module
+
+
 def with_bound_forward(module: Any) -> Any:
     """As transformers 5.0 and 5.1 leave it wherever they recorded outputs."""
     module.forward = module.forward
@@ -102,6 +107,8 @@ WORK: dict[str, Callable[[Any], Any]] = {
     "traced output": at(f"{LAYER}.attention.output", torch.fx.symbolic_trace),
     "own forward of the stack": at("encoder", with_own_forward),
     "own forward of the embeddings": at("embeddings", with_own_forward),
+    "own forward of a layer": at(LAYER, with_own_forward),
+    "compiled forward of a layer": at(LAYER, with_compiled_forward),
     "bound forward": at(ATTENTION, with_bound_forward),
     "shared layer": sharing("encoder.layer.1", LAYER),
     "shared attention": sharing("encoder.layer.1.attention.self", ATTENTION),
@@ -123,13 +130,9 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         at(ATTENTION, with_own_forward),
         "SelfAttention cannot .* replaced",
     ),
-    "own forward of a layer": (
-        at(LAYER, with_own_forward),
-        "BertLayer cannot .* replaced by a function,",
-    ),
-    "compiled forward": (
-        at(LAYER, lambda x: [setattr(x, "forward", compiled(x.forward)), x][1]),
-        "BertLayer cannot .* patch the model first",
+    "compiled forward of attention": (
+        at(ATTENTION, with_compiled_forward),
+        "SelfAttention cannot .* patch the model first",
     ),
     "a patched layer": (
         lambda model: at(
@@ -215,11 +218,11 @@ class TestReverts:
 
     def test_another_class(self) -> None:
         model = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS)
-        layer = model.encoder.layer[0]
-        kind = type(layer)
-        layer.__class__ = type("Traced", (kind,), {})
-        self.refused(model, f"model.{LAYER} cannot .* a BertLayer and was made a Traced")
-        layer.__class__ = kind
+        attention = model.get_submodule(ATTENTION)
+        kind = type(attention)
+        attention.__class__ = type("Traced", (kind,), {})
+        self.refused(model, f"model.{ATTENTION} cannot .* and was made a Traced")
+        attention.__class__ = kind
         lsg_patch.unpatch_model(model)
 
     @pytest.mark.parametrize("change", [checkpoint_wrapper, compiled, with_bound_forward])
