@@ -35,7 +35,9 @@ compiles = pytest.mark.skipif(  # reason: a machine may lack a new torch, a C++ 
     reason="FlexAttention on a CPU needs a torch that has it, a C++ compiler and AVX2",
 )
 NO_FLEX = flex.missing()  # in words, such as that torch before 2.5 has none
-has_flex = pytest.mark.skipif(NO_FLEX is not None, reason=f"flex cannot run here: {NO_FLEX}")
+has_flex = pytest.mark.skipif(  # reason: torch before 2.5 has no FlexAttention
+    NO_FLEX is not None, reason=f"flex cannot run here: {NO_FLEX}"
+)
 
 
 def _inputs(rows: int, head_dim: int = HEAD_DIM, batch: int = BATCH, seed: int = 0) -> list[Tensor]:
