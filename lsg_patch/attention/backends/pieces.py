@@ -28,7 +28,7 @@ class Piece(NamedTuple):
         run: the blocks.
         has_hidden: whether some key in their windows is hidden by the mask.
         bias: of these heads.
-        causal: False where a key stands after a query, (1, 1, 1, b, keys).
+        causal: False where a key is after its query, (1, 1, 1, b, keys).
         rows, heads: of the batch.
     """
 
@@ -93,7 +93,7 @@ class Piece(NamedTuple):
         return additive(seen, self.blocks.query.dtype, bias)
 
     def _causal(self) -> Tensor:
-        """Which keys do not stand after a query: those of its own block come last."""
+        """Which keys are not after a query: those of its own block come last."""
         query, num_queries, num_keys = self.blocks.query, self.run.num_queries, self.num_keys
         own = min(num_queries, self.run.local.size)
         seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
