@@ -97,7 +97,10 @@ def local_attention(window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
 
 
 def sentence_transformer(layers: int) -> Any:
-    """all-MiniLM-L6-v2 in sentence-transformers; None, which it says, where they are not installed."""
+    """all-MiniLM-L6-v2 in sentence-transformers; None, which it says, where they are not installed.
+
+    It reads as many tokens as it has positions, 512, of which its own setting takes half.
+    """
     if importlib.util.find_spec("sentence_transformers") is None:
         leave_out("batches", "it is not installed (pip install sentence-transformers)")
         return None
@@ -109,6 +112,7 @@ def sentence_transformer(layers: int) -> Any:
         leave_out("batches", str(error))
         return None
     del model[0].auto_model.encoder.layer[layers:]
+    model.max_seq_length = model[0].auto_model.config.max_position_embeddings
     return model
 
 
