@@ -37,3 +37,9 @@ def is_compiling() -> bool:
     if is_exporting() or torch._C._are_functorch_transforms_active():
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def at_least_two(size: int) -> int:
+    """``size``, but 2 for 1, as what an exporter records for all sizes."""
+    # a trace follows arithmetic alone
+    return size + 1 // size if torch._C._get_tracing_state() else torch.sym_max(size, 2)

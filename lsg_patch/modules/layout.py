@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsg_patch.attention import RelativeBias
-from lsg_patch.attention.compiling import is_compiling, is_exporting
+from lsg_patch.attention.compiling import at_least_two, is_compiling, is_exporting
 from lsg_patch.config import LSGConfig
 
 # by default: the share of a padded batch up to which its real rows are worth taking out
@@ -81,13 +81,13 @@ class Placement(NamedTuple):
         first: (1 or B, 1), each row's first real token.
         tokens: (1 or B, T), the input's token at each position of the stack; at padding positions any
             valid index.
-        stood_in: 1 where a global token replaces the first token, which then has no position.
+        num_replaced: 1 where a global token replaces the first token, which then has no position.
         turned: whether the order of tokens may differ from the input's.
     """
 
     first: Tensor
     tokens: Tensor
-    stood_in: int
+    num_replaced: int
     turned: bool
 
 
@@ -97,7 +97,7 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
     # beyond two blocks it keeps its place, which the blocks are counted from; a decoder that sees the
     # global tokens sees it as well
     is_short = not is_exporting() and length <= geometry.full_length
-    stood_in = int(
+    num_replaced = int(
         bool(config.mask_first_token) and is_short and not config.pass_global_tokens_to_decoder
     )
     turned = mask is not None and not _known_to_be_true(mask[:, 0])
@@ -106,11 +106,11 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
     else:
         first = torch.zeros(1, 1, dtype=torch.long, device=device)
     if is_exporting():  # two blocks at least, so that no size is taken for a constant 1
-        room = (length + 2 * config.block_size - 1) // config.block_size * config.block_size
+        room = at_least_two(geometry.num_blocks(length)) * geometry.block_size
     else:
         room = length
-    slots = torch.arange(room - stood_in, device=device)
-    return Placement(first, _around(slots + first + stood_in, length), stood_in, turned)
+    slots = torch.arange(room - num_replaced, device=device)
+    return Placement(first, _around(slots + first + num_replaced, length), num_replaced, turned)
 
 
 def _around(x: Tensor, length: int) -> Tensor:
@@ -138,12 +138,12 @@ def lay_out(
 def _layout(
     mask: Tensor | None, length: int, config: LSGConfig, placement: Placement, pool: bool = True
 ) -> Layout:
-    first, tokens, stood_in, _ = placement
+    first, tokens, num_replaced, _ = placement
     slots = torch.arange(tokens.shape[1], device=tokens.device)
-    hides_first = config.mask_first_token and not stood_in
+    hides_first = config.mask_first_token and not num_replaced
     key_mask = None
     if mask is not None or hides_first or is_compiling() or tokens.shape[1] > length:
-        key_mask = (slots < length - stood_in)[None]
+        key_mask = (slots < length - num_replaced)[None]
         if mask is not None:
             key_mask = key_mask & mask.gather(1, tokens.expand(mask.shape[0], -1))
         if hides_first:
@@ -151,7 +151,7 @@ def _layout(
         if _known_to_be_true(key_mask):
             key_mask = None  # attention without a mask is faster
     position = torch.arange(length, device=tokens.device)[None]
-    rows = config.num_global_tokens - stood_in + _around(position - first, length)
+    rows = config.num_global_tokens - num_replaced + _around(position - first, length)
     if pool and config.pool_with_global and config.num_global_tokens:
         # the first global token's output is that of the first real token, and of padding before it
         rows = rows.masked_fill(position <= first, 0)
@@ -251,8 +251,8 @@ def enter(
             globals_ = torch.arange(num_global, device=x.device).expand(tokens.shape[0], -1)
             rows = torch.cat([globals_, num_global + tokens], dim=1)
             return _take_rows(x if rows.shape[0] == 1 else x.expand(rows.shape[0], -1, -1), rows)
-        if placement.stood_in:
-            x = torch.cat([x[:, :num_global], x[:, num_global + placement.stood_in :]], dim=1)
+        if placement.num_replaced:
+            x = torch.cat([x[:, :num_global], x[:, num_global + placement.num_replaced :]], dim=1)
         missing = num_global + tokens.shape[1] - x.shape[1]
         # in a graph, too, that is made for sizes that vary: one that fits is no other case
         return F.pad(x, (0, 0, 0, missing)) if is_compiling() or missing else x
