@@ -105,10 +105,9 @@ def place(mask: Tensor | None, length: int, config: LSGConfig, device: torch.dev
         first = mask.int().argmax(dim=1, keepdim=True)
     else:
         first = torch.zeros(1, 1, dtype=torch.long, device=device)
+    room = length
     if is_exporting():  # two blocks at least, so that no size is taken for a constant 1
         room = at_least_two(geometry.num_blocks(length)) * geometry.block_size
-    else:
-        room = length
     slots = torch.arange(room - num_replaced, device=device)
     return Placement(first, _around(slots + first + num_replaced, length), num_replaced, turned)
 
