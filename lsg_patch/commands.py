@@ -294,17 +294,21 @@ def tune(
     limit: Annotated[int, typer.Option(min=2, help="Texts that are read, the first ones.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """Say which settings find most in your own texts, by the mean of the outputs, without labels."""
+    """Say which settings find most in your own texts, without labels.
+
+    By the mean of the outputs, or by the own pooling of a SentenceTransformer.
+    """
     from lsg_patch import tuning
 
     texts = tuning.read_texts(file)[:limit]
-    rows = tuning.tune(*_load(model), texts, max_length, chunk_tokens, queries)
+    encoder, tokenizer = _load_encoder(model)
+    rows = tuning.tune(encoder, tokenizer, texts, max_length, chunk_tokens, queries)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     title = f"{rows[0]['queries']} passages look for their texts, of {len(texts)}; intervals of 95%"
     _print_table(title, [tuning.cells(row) for row in rows])
-    print("\n".join(tuning.verdict(rows)))
+    print("\n".join(tuning.verdict(rows, has_tokenizer=hasattr(encoder, "encode"))))
 
 
 @app.command(epilog="Example: `lsg-patch bench roberta-base --length 1024 --length 4096`")
@@ -341,6 +345,26 @@ def _load(name: str) -> tuple[Any, Any]:
         return AutoModel.from_pretrained(name).eval(), tokenizer_at(name)[0]
     except Exception as error:  # a wrong config fails anywhere in transformers
         raise ValueError(f"cannot load {name!r}: {type(error).__name__}: {error}") from error
+
+
+def _load_encoder(name: str) -> tuple[Any, Any]:
+    """A SentenceTransformer and its tokenizer where ``name`` is one, else what ``_load`` gives."""
+    from lsg_patch.compat import hub_file
+
+    if not (Path(name, "modules.json").is_file() or hub_file(name, "modules.json")):
+        return _load(name)
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            f"{name!r} is a SentenceTransformer: pip install sentence-transformers"
+        ) from error
+    _without_bars()
+    try:
+        encoder = SentenceTransformer(name)
+    except Exception as error:  # a wrong config fails anywhere in its modules
+        raise ValueError(f"cannot load {name!r}: {type(error).__name__}: {error}") from error
+    return encoder, encoder.tokenizer
 
 
 def _without_bars() -> None:

@@ -26,7 +26,7 @@ from lsg_patch.patching import patched
 PASSAGE = 40  # tokens of a query
 DROPPED = 0.3  # of its words
 RESAMPLES = 2000
-# None: not patched, long texts in windows that overlap
+# None: not patched, long texts in windows that overlap (or cut, by a SentenceTransformer's own ways)
 CANDIDATES: tuple[dict[str, Any] | None, ...] = (
     None,
     {},
@@ -134,9 +134,20 @@ def interval(values: Tensor, targets: Sequence[int], seed: int) -> list[float]:
     return [float(values.mean()), *means.quantile(torch.tensor([0.025, 0.975])).tolist()]
 
 
-def embedded(model: Any, tokenizer: Any, texts: Sequence[str], chunk_tokens: int) -> Tensor:
-    """A vector for each chunk of each text, (texts, chunks, width); the last ones may come twice."""
-    found = [x.embeddings for x in chunk_embeddings(model, tokenizer, texts, chunk_tokens)]
+def embedded(
+    model: Any, tokenizer: Any, texts: Sequence[str], chunk_tokens: int | None, role: str
+) -> Tensor:
+    """A vector for each chunk of each text, (texts, chunks, width); the last ones may come twice.
+
+    One vector a text is a SentenceTransformer's own for this ``role`` (query or document), where ``model``
+    is one.
+    """
+    if chunk_tokens is None and hasattr(model, "encode"):
+        # sentence-transformers 5 and later have a method for each, with its own prompt
+        encode = getattr(model, f"encode_{role}", model.encode)
+        rows = encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+        return torch.nn.functional.normalize(rows.float().cpu(), dim=-1)[:, None]
+    found = [x.embeddings for x in chunk_embeddings(model, tokenizer, texts, chunk_tokens or 10**6)]
     most = max(map(len, found))
     return torch.stack([x[torch.arange(most).clamp(max=len(x) - 1)] for x in found])
 
@@ -154,7 +165,9 @@ def tune(
     """What each of the ``candidates`` finds: a row each, the model is as before.
 
     Args:
-        chunk_tokens: a vector for each so many tokens; None: one for each text.
+        model: a model without its head, or a SentenceTransformer.
+        chunk_tokens: a vector for each so many tokens; None: one for each text, which is a
+            SentenceTransformer's own: not patched, it reads as much as it does by itself.
         queries: of each text.
 
     Raises:
@@ -185,9 +198,13 @@ def tune(
     for settings in fitting:
         with nullcontext() if settings is None else patched(model, tokenizer=tokenizer, **settings):
             start = time.perf_counter()
-            vectors = embedded(model, tokenizer, [d.text for d in documents], chunk_tokens or 10**6)
+            vectors = embedded(
+                model, tokenizer, [d.text for d in documents], chunk_tokens, "document"
+            )
             seconds.append(time.perf_counter() - start)
-            questions = embedded(model, tokenizer, [query.text for query in asked], 10**6)[:, 0]
+            texts_of_queries = [query.text for query in asked]
+            whole = chunk_tokens and 10**6  # by the same way as the documents
+            questions = embedded(model, tokenizer, texts_of_queries, whole, "query")[:, 0]
         ranks.append(reciprocal_ranks(questions, vectors, targets))
     means = [-1.0 if x is None else float(r.mean()) for x, r in zip(fitting, ranks, strict=True)]
     best, first = means.index(max(means)), ranks[next(i for i, x in enumerate(fitting) if x)]
@@ -239,13 +256,17 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     return {"": name + " *" * row["best"], **short, "seconds": f"{row['seconds']:.1f}"}
 
 
-def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The call that patches with the best settings, and what to think of it."""
+def verdict(rows: Sequence[dict[str, Any]], has_tokenizer: bool = False) -> list[str]:
+    """The call that patches with the best settings, and what to think of it.
+
+    ``has_tokenizer``: the model holds its own.
+    """
     [best] = [row for row in rows if row["best"]]
     given = ", ".join(f"{name}={value!r}" for name, value in best["settings"].items())
-    said = [f"lsg_patch.patch_model(model, {given}, tokenizer=tokenizer)"]
+    given += "" if has_tokenizer else ", tokenizer=tokenizer"
+    said = [f"lsg_patch.patch_model(model, {given})"]
     if best["more_than_defaults"][1] <= 0 and len(best["settings"]) > 1:
         said.append("Its interval over the defaults includes 0: more texts may tell.")
     if any(row["settings"] is None and row["mrr"][0] >= best["mrr"][0] for row in rows):
-        said.append("Not patched, in windows, as much is found or more.")
+        said.append("Not patched, as much is found or more.")
     return said
