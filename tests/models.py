@@ -147,7 +147,7 @@ def tiny_model(family: str, cls: type[Any] | None = None, seed: int = 0, **overr
 
 
 def stand_in(family: str) -> dict[str, Any]:
-    """Settings by which the first global token stands in for the first token of an input."""
+    """Settings by which the first global token replaces the first token of an input."""
     own = lsg_patch.families.FAMILIES[family].begins_with_cls
     return {} if own else {"mask_first_token": True}
 

@@ -2,7 +2,7 @@
 
 Every query has an explicit row of a boolean mask over the keys
 ``[front | sparse tokens | ordinary tokens]`` (the front holds the global tokens, or token 0 where
-it stands in for one), and the softmax over that row is computed by hand. Speed does not matter
+it replaces one), and the softmax over that row is computed by hand. Speed does not matter
 here: batch rows, heads, chunks and blocks are Python loops.
 
 Means are exact. The reference implementation adds 1e-6 (`pooling`) and 1e-8 (`lsh`) to the counts
@@ -294,7 +294,7 @@ def _select(
     if kind == "pooling":
         return _pooling(keys, values, visible, f)
     if kind == "bos_pooling" or (kind == "lsh" and f == s):
-        # A token 0 that stands in front counts in its chunk all the same.
+        # A token 0 that is put first counts in its chunk all the same.
         return _bos_pooling(keys, values, caller_visible, first_query, scale, f)
     if kind == "stride":
         return _take(keys, values, visible, [m * f + head % f for m in range(length // f)])

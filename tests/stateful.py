@@ -234,7 +234,7 @@ class Sequences(RuleBasedStateMachine):
 
     @rule()
     def train(self) -> None:
-        """Parameters of layers and heads: what global tokens stand in for has other gradients."""
+        """Parameters of layers and heads: what global tokens replace has other gradients."""
         steps["train"] += 1
         gradients = []
         for model in (self.twin, self.model):

@@ -311,7 +311,7 @@ class TestLong:
                 hidden[0, token].sum() + hidden[0, token, 0], embeds, retain_graph=True
             )
             assert not gradient[0, token + 1 :].any()
-            assert gradient[0, token].any() or token == 0  # the global token stands in for it
+            assert gradient[0, token].any() or token == 0  # the global token replaces it
 
     def test_cached_steps_see_everything(self) -> None:
         model = tiny_decoder("bert", num_hidden_layers=1)

@@ -256,7 +256,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
         tmp_path / "source", tmp_path / "out", max_length=200, test=True, **SETTINGS
     )
     assert done.passed and "tokenizer: none" in done.lines[2]
-    # mBART's inputs do not begin with the token that a global one stands in for
+    # mBART's inputs do not begin with the token that a global one replaces
     assert ("as before" in done.lines[3]) is (family != "mbart")
 
 

@@ -79,7 +79,7 @@ def test_given_positions_stand_for_any_length() -> None:
 
 @pytest.mark.parametrize(("length", "rows"), [(16, 2 + 15), (17, 2 + 17), (40, 2 + 40)])
 def test_hooks_inside_the_stack_see_its_rows(length: int, rows: int) -> None:
-    """Two global tokens, the first of which stands in the first token's place in short inputs."""
+    """Two global tokens, the first of which replaces the first token in short inputs."""
     model, seen = patched_model(num_global_tokens=2), []
     layer = model.encoder.layer[0].attention.self.query
     layer.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))

@@ -108,7 +108,7 @@ def test_left_padding_of_bert_is_lossless_with_positions_that_count_from_the_tex
     family: str,
 ) -> None:
     """BERT counts positions from the padding: only then is the first real token at position 0,
-    where the first global token, which stands in for it, is.
+    where the first global token, which replaces it, is.
     """
     model = tiny_model(family)
     ids = ids_like(LEFT, family)

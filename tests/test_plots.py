@@ -71,7 +71,7 @@ def test_short_texts_see_everything() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roformer", "distilbert"])
 def test_a_layer_of_a_model(family: str) -> None:
-    """With real keys; the first token, which the global one stands in for, is hidden."""
+    """With real keys; the first token, which the global one replaces, is hidden."""
     settings = {"block_size": BLOCK, "sparse_block_size": BLOCK, "max_position_embeddings": 64}
     model = lsg_patch.patch_model(tiny_model(family), sparsity_type="pooling", **settings)
     found = pattern(model, LENGTH, layer=1, head=2)

@@ -1,4 +1,4 @@
-"""Parts of the selections: all of them against the oracle stand in ``test_functional.py``."""
+"""Parts of the selections: all of them against the oracle are in ``test_functional.py``."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_bert_generation_is_an_encoder_unless_its_config_says_decoder() -> None:
     for is_decoder in (False, True):
         cls = transformers.BertGenerationDecoder if is_decoder else None
         model = lsg_patch.patch_model(tiny_model("bert-generation", cls, is_decoder=is_decoder))
-        # inputs do not begin with cls, so nothing stands in for their first token
+        # inputs do not begin with cls, so nothing replaces their first token
         assert lsg_patch.get_config(model).mask_first_token is False
         (first, second) = (next(iter(run(model, x, None).values())) for x in (ids, other))
         assert torch.equal(first[:, :-1], second[:, :-1]) is is_decoder

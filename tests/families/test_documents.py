@@ -1,4 +1,4 @@
-"""Layouts: the global token that stands in for cls has the empty place that cls has."""
+"""Layouts: the global token that replaces cls has the empty place that cls has."""
 
 from __future__ import annotations
 
