@@ -1,8 +1,8 @@
 """What the distance of a key from its query adds to their score, in linear memory.
 
-Where keys stand: a token at its own place, also as a sparse token; a pooled sparse token (pooling,
-bos_pooling, lsh) at the mean place of the tokens that it is made of, rounded down, whatever their
-weights (pooling and bos_pooling: also of those that are masked); a global row where the caller says.
+Positions of keys: a token's own, also as a sparse token; a pooled sparse token (pooling,
+bos_pooling, lsh) has the mean position of the tokens that it is made of, rounded down, whatever their
+weights (pooling and bos_pooling: also of those that are masked); a global row that which the caller gives.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class RelativeBias(NamedTuple):
         table: (H, 2 * m + 1): entry ``m + d`` for a key ``d`` tokens behind its query, before it if
             ``d`` is negative; keys more than ``m`` tokens away have the bias of ``m``.
         positions: (1 or B, N), of the rows, the global ones first; None, without global
-            rows: one after the other. Beyond two blocks the tokens of a row are taken to stand one
-            after the other from its first one on; what is said of the others is not read.
+            rows: 0, 1, 2, ... Beyond two blocks the first token's position counts, and the others are
+            taken to follow it one by one.
     """
 
     table: Tensor

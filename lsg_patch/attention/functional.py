@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,24 +23,8 @@ from lsg_patch.attention.sparsity import (
     select,
 )
 
-logger = logging.getLogger(__name__)
-
-
-def _auto(blocks: Blocks) -> Tensor:
-    if not is_compiling():  # a log has no place in a graph
-        _log_choice()
-    return sdpa.block_attention(blocks)
-
-
-@cache
-def _log_choice() -> None:
-    logger.info(
-        "LSG attention runs by sdpa: it runs anywhere; backend='flex' is taken where asked for"
-    )
-
-
 BACKENDS: dict[str, Callable[[Blocks], Tensor]] = {
-    "auto": _auto,
+    "auto": sdpa.block_attention,  # flex is taken where it is asked for
     "dense": dense.block_attention,
     "sdpa": sdpa.block_attention,
     "flex": flex.block_attention,
@@ -147,8 +129,7 @@ def lsg_attention(
         relative_bias: what is added to the scaled scores by the distance of key and query. With
             ``num_global_tokens`` it needs their positions.
         backend: for more than two blocks of tokens: "dense" (quadratic), "sdpa" (anywhere), "flex"
-            (compiled at its first call; no dropout, and forward alone on a CPU), or "auto": "sdpa",
-            which it says in the log.
+            (compiled at its first call; no dropout, and forward alone on a CPU), or "auto": "sdpa".
 
     Returns:
         (B, H, N, D), in the dtype of autocast where it is on. Rows that see no key at all are finite and
