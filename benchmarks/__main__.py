@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,6 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch")
     parser.add_argument(
+        "--own-seconds",
+        action="store_true",
+        help="count the seconds of this process, on all its threads: other work disturbs them less",
+    )
+    parser.add_argument(
         "--json",
         type=Path,
         metavar="PATH",
@@ -75,6 +81,7 @@ def _options(comparison: Comparison, args: argparse.Namespace) -> Options:
         selections=tuple(args.selections or comparison.selections),
         layers=args.layers or comparison.layers,
         rounds=Rounds(least=args.repeats, most=args.repeats) if args.repeats else comparison.rounds,
+        clock=time.process_time if args.own_seconds else time.perf_counter,
     )
 
 

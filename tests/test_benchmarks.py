@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from benchmarks import comparisons, peers, serving, store
-from benchmarks.__main__ import main
+from benchmarks.__main__ import _options, build_parser, main
 from benchmarks.bars import BARS, bar
 from benchmarks.comparisons import COMPARISONS, QUICK, Comparison
 from benchmarks.harness import Record, Rounds, Side, Spread, records_of, render, time_sides
@@ -62,6 +62,12 @@ def test_one_long_round_of_warm_up_is_enough() -> None:
 def test_rounds_fill_the_time_within_bounds() -> None:
     rounds = Rounds(seconds=10, least=3, most=20)
     assert [rounds.after(s) for s in (100, 2.5, 1, 0.1, 0)] == [3, 4, 10, 20, 20]
+
+
+def test_own_seconds_are_counted_where_they_are_wanted() -> None:
+    comparison = COMPARISONS["forward"]
+    for given, clock in (([], time.perf_counter), (["--own-seconds"], time.process_time)):
+        assert _options(comparison, build_parser().parse_args(given)).clock is clock
 
 
 def test_ratios_are_taken_round_by_round() -> None:
