@@ -124,7 +124,8 @@ class MaskCarrier:
         """The arguments that ``mask`` (B, T) travels as."""
         given: Kwargs = {call.mask: mask if self.dims == 2 else None}
         if mask is not None and self.dims > 2:
-            given[call.mask] = mask.to(torch.bool).view(len(mask), *[1] * (self.dims - 2), -1)
+            between = [1] * (self.dims - 2)
+            given[call.mask] = mask.to(torch.bool).view(len(mask), *between, mask.shape[1])
         if self.parts:
             carried = torch.ones(1, 1, device=device) if mask is None else mask
             expanded = carried[None, :, None, None, :].expand(self.parts, -1, -1, -1, -1)
