@@ -32,7 +32,6 @@ from lsg_patch.offloading import value_of
 from lsg_patch.plan import (
     CHUNK,
     Plan,
-    SavedGlobals,
     check_revert,
     configs_around,
     learned_tables,
@@ -147,7 +146,7 @@ def patch_model(
 
 
 def patch_with(
-    model: Model, config: LSGConfig, tokenizer: Any = None, saved: SavedGlobals | None = None
+    model: Model, config: LSGConfig, tokenizer: Any = None, saved: SavedPatch | None = None
 ) -> Model:
     """``patch_model`` with all settings in one, also of a model that was ``saved`` patched.
 
