@@ -190,20 +190,12 @@ def convert(
     settings: dict[str, Any],
 ) -> None:
     """Save a checkpoint patched for long inputs, with its tokenizer."""
+    given = locals()
     from lsg_patch.conversion import convert as convert_checkpoint
 
     _without_bars()
-    done = convert_checkpoint(
-        source,
-        out,
-        max_length=max_length,
-        architecture=architecture,
-        keep_first_global_token=keep_first_global_token,
-        resize_lsg=resize_lsg,
-        use_token_ids=use_token_ids,
-        test=test,
-        **settings,
-    )
+    del given["settings"]
+    done = convert_checkpoint(**given, **settings)
     print("\n".join(done.lines))
     raise typer.Exit(0 if done.passed else 1)
 
@@ -223,18 +215,11 @@ def export(
     settings: dict[str, Any],
 ) -> None:
     """Write a model as ONNX for all lengths, checked by onnxruntime."""
+    given = locals()
     from lsg_patch.exporting import export_checkpoint
 
     _without_bars()
-    done = export_checkpoint(
-        model,
-        out,
-        max_length=max_length,
-        settings=settings,
-        opset=opset,
-        int8=int8,
-        overwrite=overwrite,
-    )
+    done = export_checkpoint(given.pop("model"), **given)
     print(f"{done.path}: largest difference from the model's outputs {done.difference:.1e}")
     if done.int8_path is not None:
         print(

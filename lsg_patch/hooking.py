@@ -51,12 +51,12 @@ def _hook_stack(
             # the stack would read as many rows as it has; its layers get theirs with the layout
             one = encoder.FirstPosition(compat.PositionInput.of(plan.positions))
             journal.before(plan.positions, one, with_kwargs=False)
-    prepend = _hook_embeddings(base, family, plan, journal)
+    tokens = _hook_embeddings(base, family, plan, journal)
     of_stack = Signature.of(plan.stack)
     enter_stack = stack.EnterStack(
         config,
         of_stack,
-        prepend,
+        tokens,
         plan.rotary,
         family.relative_bias,
         plan.global_positions,
@@ -70,8 +70,8 @@ def _hook_stack(
 
 def _hook_embeddings(
     base: nn.Module, family: Family, plan: Plan, journal: Journal
-) -> stack.PrependGlobals | None:
-    """Hook the embeddings; returns what prepends the global tokens at the stack (None: there are none)."""
+) -> stack.GlobalTokens | None:
+    """Hook the embeddings; returns the global tokens for the stack (None: there are none)."""
     call = Signature.of(plan.embeddings)
     if call.mask in call.names:
         journal.before(plan.embeddings, stack.CompactMask(call))
@@ -79,18 +79,18 @@ def _hook_embeddings(
         return None
     journal.set_attribute(plan.stack, "lsg_base", Link(base))
     journal.before(base, stack.LinkStack(family.stack), with_kwargs=False)
+    projection = getattr(base, family.projection, None) if family.projection else None
     tokens = stack.GlobalTokens(
+        family.embeddings,
         family.global_path,
         positions=family.positions if plan.rotary is None else None,
         places=tuple(plan.offset + position for position in plan.global_positions),
+        projection=None if projection is None else family.projection,
     )
     journal.after(plan.embeddings, stack.NoteGlobals(tokens, call, family.word_scale))
-    projection = getattr(base, family.projection, None) if family.projection else None
     if projection is not None:
         journal.after(projection, stack.carry_globals, with_kwargs=False)
-    return stack.PrependGlobals(
-        tokens, family.embeddings, None if projection is None else family.projection
-    )
+    return tokens
 
 
 def _hook_encoder(

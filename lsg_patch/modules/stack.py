@@ -211,12 +211,15 @@ class GlobalTokens:
     """Global tokens for embedded ones, having passed what a word passes.
 
     Where the words of a row are scaled otherwise than usual, its global tokens are as well, but for
-    what they have of a position: the rows ``places`` of the table ``positions``.
+    what they have of a position: the rows ``places`` of the table ``positions``. The modules of
+    ``path`` are in the ``embeddings`` of the base model, which has the ``projection`` too, if any.
     """
 
+    embeddings: str
     path: tuple[str, ...]
     positions: str | None
     places: tuple[int, ...]
+    projection: str | None
 
     def of(self, embeddings: Any, embedded: Tensor, ratio: Tensor | None = None) -> Tensor:
         """(B, g, width) for ``embedded`` (B, T0, width), words being scaled ``ratio`` (B, 1, 1) times."""
@@ -231,6 +234,22 @@ class GlobalTokens:
             module = getattr(embeddings, name)
             rows = rows if module is None else module(rows)
         return rows
+
+    def prepend(self, base: nn.Module, embedded: Tensor) -> Tensor:
+        """(B, g + T0, width) of ``embedded`` (B, T0, width).
+
+        They are those noted on the tensor, or, if a caller replaced it or calls the stack alone, those
+        of any input.
+        """
+        rows, differentiable = getattr(embedded, NOTE, (None, None))
+        if rows is not None and not is_compiling():
+            delattr(embedded, NOTE)  # a tensor that is used again must not carry an old note
+        if rows is None or differentiable != torch.is_grad_enabled():
+            embeddings: Any = base.get_submodule(self.embeddings)
+            rows = self.of(embeddings.lsg_self.module, embedded)
+            if self.projection is not None:
+                rows = getattr(base, self.projection)(rows)
+        return torch.cat([rows.to(embedded), embedded], dim=1)
 
 
 @dataclass(frozen=True)
@@ -288,29 +307,6 @@ def carry_globals(projection: nn.Module, args: Args, output: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class PrependGlobals:
-    """Prepend global tokens to embedded ones: those noted on the tensor, or, if a caller replaced the
-    tensor or calls the stack alone, those of any input.
-    """
-
-    tokens: GlobalTokens
-    embeddings: str
-    projection: str | None
-
-    def __call__(self, base: nn.Module, embedded: Tensor) -> Tensor:
-        """(B, g + T0, width) of ``embedded`` (B, T0, width)."""
-        rows, differentiable = getattr(embedded, NOTE, (None, None))
-        if rows is not None and not is_compiling():
-            delattr(embedded, NOTE)  # a tensor that is used again must not carry an old note
-        if rows is None or differentiable != torch.is_grad_enabled():
-            embeddings: Any = base.get_submodule(self.embeddings)
-            rows = self.tokens.of(embeddings.lsg_self.module, embedded)
-            if self.projection is not None:
-                rows = getattr(base, self.projection)(rows)
-        return torch.cat([rows.to(embedded), embedded], dim=1)
-
-
-@dataclass(frozen=True)
 class CompactMask:
     """Before embeddings that read the padding mask: (B, T), as they do unpatched."""
 
@@ -334,7 +330,7 @@ class EnterStack:
 
     config: LSGConfig
     call: Signature
-    prepend: PrependGlobals | None
+    tokens: GlobalTokens | None
     rotary: Rotary | None
     relative_bias: Callable[[Any], Tensor] | None
     of_globals: tuple[int, ...]
@@ -356,8 +352,8 @@ class EnterStack:
                 f"the layer stack got {length} hidden states and a mask of {seen} tokens: "
                 "they must be as many"
             )
-        if self.prepend is not None:
-            hidden = self.prepend(stack.lsg_base.module, hidden)
+        if self.tokens is not None:
+            hidden = self.tokens.prepend(stack.lsg_base.module, hidden)
 
         def positions() -> Tensor:
             """Those of the global tokens, and of the last ``length`` of the tokens that are seen."""
