@@ -291,22 +291,14 @@ def scale_of_looked_up_words(embeddings: Any) -> float:
     return float(getattr(embeddings, "embed_scale", 1.0))
 
 
-@dataclass(frozen=True)
-class PositionInput:
-    """What BART's kind of position table takes: the shape of ids, or (4.22) ids of that shape."""
+def takes_shape(positions: nn.Module) -> bool:
+    """Whether BART's kind of position table takes the shape of ids, or (4.22) ids of that shape."""
+    return "input_ids_shape" in forward_parameters(positions)
 
-    is_shape: bool
 
-    @classmethod
-    def of(cls, positions: nn.Module) -> PositionInput:
-        return cls("input_ids_shape" in forward_parameters(positions))
-
-    def like(self, ids: Tensor) -> Any:
-        return ids.shape if self.is_shape else ids
-
-    def one_token(self, given: Any) -> Any:
-        """The argument for the first token alone."""
-        return torch.Size((given[0], 1)) if self.is_shape else given[:, :1]
+def one_position(given: Any) -> Any:
+    """What such a table is to be given in place of that, for the first token alone."""
+    return torch.Size((given[0], 1)) if isinstance(given, torch.Size) else given[:, :1]
 
 
 def has_relative_positions(config: Any) -> bool:

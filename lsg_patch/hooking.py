@@ -49,8 +49,7 @@ def _hook_stack(
             edges.before(base, stack.GivePositions(check.call, plan.global_positions), journal)
         if plan.rotary.table is not None and plan.positions is not None:
             # the stack would read as many rows as it has; its layers get theirs with the layout
-            one = encoder.FirstPosition(compat.PositionInput.of(plan.positions))
-            journal.before(plan.positions, one, with_kwargs=False)
+            journal.before(plan.positions, encoder.first_position, with_kwargs=False)
     tokens = _hook_embeddings(base, family, plan, journal)
     of_stack = Signature.of(plan.stack)
     enter_stack = stack.EnterStack(
@@ -99,11 +98,11 @@ def _hook_encoder(
     config, num_layers = check.config, len(plan.attentions)
     # an encoder that embeds its input has a table of positions
     assert plan.positions is not None and family.positions is not None
-    takes = compat.PositionInput.of(plan.positions)
+    takes_shape = compat.takes_shape(plan.positions)
     carrier = compat.MaskCarrier.of_encoder(plan.stack, num_layers)
-    enter = encoder.EnterEncoder(check, carrier, family.words, family.positions, takes)
+    enter = encoder.EnterEncoder(check, carrier, family.words, family.positions, takes_shape)
     journal.before(plan.stack, enter)
-    journal.before(plan.positions, encoder.FirstPosition(takes), with_kwargs=False)
+    journal.before(plan.positions, encoder.first_position, with_kwargs=False)
     journal.after(plan.positions, encoder.no_positions, with_kwargs=False)
     for module in plan.attentions:
         journal.before(module, encoder.GiveLayout(config, Signature.of(module)))

@@ -340,12 +340,15 @@ def _check_modules(base: nn.Module, plan: Plan) -> None:
 def _check_signatures(base: nn.Module, family: Family, plan: Plan) -> None:
     """What hooks and swapped modules read of a call is to be found in it."""
     owner = plan.stack if family.embeds_in_stack else base
-    masked = ((module, compat.MASK_NAMES) for module in (owner, plan.stack, plan.attentions[0]))
-    for module, names in ((owner, ("input_ids",)), *masked):
-        if not set(names).intersection(compat.forward_parameters(module)):
+    calls = [(x, compat.Signature.of(x)) for x in (owner, plan.stack, plan.attentions[0])]
+    for module, call, name in (
+        (*calls[0], "input_ids"),
+        *((x, call, call.mask) for x, call in calls),
+    ):
+        if name not in call.names:
             own = compat.own_class(type(module))
             raise ValueError(
-                f"the forward of {own.__module__}.{own.__qualname__} has no parameter {names[0]}, by which "
+                f"the forward of {own.__module__}.{own.__qualname__} has no parameter {name}, by which "
                 "a patch finds its input: derive the class from that of transformers and call its forward "
                 "by super(), or give the parameter that name"
             )
@@ -360,7 +363,9 @@ def check_revert(model: nn.Module, records: dict[str, Journal]) -> None:
     _check_wrappers(model, (record.owner for record in records.values()))
     present = set(model.modules())
     for own in (own for record in records.values() for own in record.changes):
-        if isinstance(own, Journal) and own.owner not in present and own.holds(PositionsResized):
+        if not isinstance(own, Journal) or own.owner in present:
+            continue
+        if any(isinstance(change, PositionsResized) for change in own.changes):
             raise ValueError(
                 "the model's table of positions was replaced while it was patched: put that one back, then "
                 "revert"

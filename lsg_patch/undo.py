@@ -54,9 +54,6 @@ class Journal(Change):
     def record(self, change: Change) -> None:
         self.changes.append(change)
 
-    def holds(self, kind: type[Change]) -> bool:
-        return any(isinstance(change, kind) for change in self.changes)
-
     def hindrance(self) -> str | None:
         return next(filter(None, (change.hindrance() for change in self.changes)), None)
 

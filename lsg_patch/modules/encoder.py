@@ -26,14 +26,14 @@ from lsg_patch.modules.stack import CheckInput, given_back, map_output, wants_at
 class EnterEncoder:
     """Before the encoder: its input is checked, embedded, laid out, and its mask kept compact.
 
-    ``words`` and ``positions`` are the names of the tables.
+    ``words`` and ``positions`` are the names of the tables, the latter of which ``takes_shape`` or ids.
     """
 
     check: CheckInput
     carrier: compat.MaskCarrier
     words: str
     positions: str
-    position_input: compat.PositionInput
+    takes_shape: bool
 
     def __call__(self, encoder: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call, config = self.check.call, self.check.config
@@ -54,9 +54,9 @@ class EnterEncoder:
     def _with_globals(self, encoder: nn.Module, embeds: Tensor) -> Tensor:
         """Words (B, T0, width) with their positions, and global tokens: (B, g + T0, width)."""
         # by forward: the hooks on this table return zeros
-        places = getattr(encoder, self.positions).forward(
-            self.position_input.like(embeds[:1, :, -1])
-        )
+        like = embeds[:1, :, -1]
+        table: Any = getattr(encoder, self.positions)
+        places = table.forward(like.shape if self.takes_shape else like)
         hidden: Tensor = embeds + places.to(embeds.device)
         if not self.check.config.num_global_tokens:
             return hidden
@@ -64,14 +64,9 @@ class EnterEncoder:
         return torch.cat([rows.to(hidden), hidden], dim=1)
 
 
-@dataclass(frozen=True)
-class FirstPosition:
+def first_position(positions: nn.Module, args: Args) -> Args:
     """Before the position table: one position is enough, and there is always one."""
-
-    position_input: compat.PositionInput
-
-    def __call__(self, positions: nn.Module, args: Args) -> Args:
-        return (self.position_input.one_token(args[0]), *args[1:])
+    return (compat.one_position(args[0]), *args[1:])
 
 
 def no_positions(positions: nn.Module, args: Args, output: Tensor) -> Tensor:

@@ -90,11 +90,8 @@ def resize_buffers(owner: nn.Module, names: tuple[str, ...], rows: int, journal:
         if isinstance(old, Tensor):
             journal.of(owner).record(BufferResized(owner, name, old))
             counted = torch.arange(rows, dtype=old.dtype, device=old.device).expand(1, -1)
-            setattr(
-                owner,
-                name,
-                counted.clone() if name == "position_ids" else torch.zeros_like(counted),
-            )
+            new = counted.clone() if name == "position_ids" else torch.zeros_like(counted)
+            setattr(owner, name, new)
 
 
 @dataclass
