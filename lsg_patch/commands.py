@@ -61,12 +61,6 @@ def _sentences() -> dict[str, str]:
     return {name: re.split(r"(?<=[a-z)])[.:;] ", " ".join(text.split()))[0] for name, text in found}
 
 
-def _option_of(kind: Any) -> Any:
-    """The type of an option for a setting of this type: that without None; text for a choice of types."""
-    kinds = [part for part in get_args(kind) or (kind,) if part is not type(None)]
-    return kinds[0] if len(kinds) == 1 else str
-
-
 def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """A command with the settings of ``LSGConfig`` as options; it gets those given as ``settings``."""
     from lsg_patch.config import LSGConfig
@@ -87,7 +81,9 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [parameter for name, parameter in own.items() if name != "settings"]
     for name in names:
         option = typer.Option(help=told.get(name), rich_help_panel="Settings, as in LSGConfig")
-        kind: Any = _option_of(types[name])
+        # a setting's type without None; text for a choice of types
+        kinds = [part for part in get_args(types[name]) or (types[name],) if part is not type(None)]
+        kind: Any = kinds[0] if len(kinds) == 1 else str
         annotation: Any = Annotated[kind | None, option]
         parameters.append(
             inspect.Parameter(

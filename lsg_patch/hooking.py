@@ -23,10 +23,8 @@ def hook_edges(
     owner, words = base, f"{family.embeddings}.{family.words}"
     if family.embeds_in_stack:
         owner, words = plan.stack, family.words
-    first_word = None
-    if plan.bos_id is not None and config.mask_first_token:
-        first_word = stack.FirstWord(words, plan.bos_id)
-    check = stack.CheckInput(config, Signature.of(owner), first_word, plan.is_causal)
+    first_word = plan.bos_id if config.mask_first_token else None
+    check = stack.CheckInput(config, Signature.of(owner), words, first_word, plan.is_causal)
     hook = _hook_encoder if family.embeds_in_stack else _hook_stack
     hook(base, family, plan, check, journal)
 

@@ -422,7 +422,7 @@ def _apply(
         seed = (config.seed or 0) + index
         swap_attention(module, config, family, seed, journal, plan.is_causal)
     if plan.global_rows is not None:
-        journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
+        journal.add(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
         journal.set_attribute(plan.embeddings, "lsg_self", Link(plan.embeddings))
     hook_edges(base, family, plan, config, journal)
     changed = {table.weight for tables in plan.tables for table in tables}

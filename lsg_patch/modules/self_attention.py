@@ -164,7 +164,7 @@ def swap_attention(
     device, dtype = device_of(module), next(floating, torch.float32)
     for i, projection in enumerate(draw_projections(shapes, seed)):
         # buffers, so that they move with the module and reach its replicas
-        journal.add_buffer(module, _projection_name(i), projection.to(device, dtype))
+        journal.add(module, _projection_name(i), projection.to(device, dtype))
     state = AttentionState(
         config,
         names,

@@ -28,42 +28,17 @@ from lsg_patch.modules.link import Link
 
 
 @dataclass(frozen=True)
-class FirstWord:
-    """The cls/bos token that the first token must be to be masked: an embedded input may differ."""
-
-    words: str
-    token_id: int
-
-    def check(self, base: nn.Module, embeds: Tensor, mask: Tensor | None) -> None:
-        """Warn if no row of ``embeds`` (B, T, width) begins with it: that token would be hidden."""
-        if is_compiling() or embeds.is_meta or not embeds.numel():
-            return
-        row, at = torch.arange(len(embeds), device=embeds.device), torch.tensor(0)
-        if mask is not None and mask.dim() == 2:
-            at = mask.int().argmax(1)
-        first = embeds[row, at.to(row)]
-        token = torch.tensor([self.token_id], device=embeds.device)
-        with torch.no_grad():
-            word = base.get_submodule(self.words)(token).to(embeds)
-        if not torch.isclose(first, word).all(-1).any():
-            warnings.warn(
-                f"inputs_embeds begin with another row than the token {self.token_id}: the first token "
-                "is hidden from the others, a global token standing in for it. If it is a prompt or no "
-                "cls/bos token, patch with mask_first_token=False",
-                stacklevel=1,
-            )
-
-
-@dataclass(frozen=True)
 class CheckInput:
     """What a model, or an encoder that embeds its input, is given: checked before it runs.
 
-    Of a decoder (``is_causal``) the input may come after tokens that are in a cache.
+    Of a decoder (``is_causal``) the input may come after tokens that are in a cache. ``first_word`` is
+    the cls/bos token that the first token must be to be masked, and ``words`` the path of its table.
     """
 
     config: LSGConfig
     call: Signature
-    first_word: FirstWord | None
+    words: str
+    first_word: int | None
     is_causal: bool
 
     def __call__(
@@ -97,7 +72,7 @@ class CheckInput:
         if given is None:
             return None, None, cached
         if self.first_word is not None and self.call.get("input_ids", args, kwargs) is None:
-            self.first_word.check(base, given, mask)
+            self._check_first_word(base, given, mask, self.first_word)
         has_positions = self.call.get("position_ids", args, kwargs) is not None
         self._check_length(given.shape[1], has_positions, cached)
         return given, self._checked_mask(mask, given.shape[0], cached + given.shape[1]), cached
@@ -117,6 +92,27 @@ class CheckInput:
             )
         seen_by(mask, "attention_mask")
         return mask.expand(batch, length)
+
+    def _check_first_word(
+        self, base: nn.Module, embeds: Tensor, mask: Tensor | None, token_id: int
+    ) -> None:
+        """Warn if no row of ``embeds`` (B, T, width) begins with it: that token would be hidden."""
+        if is_compiling() or embeds.is_meta or not embeds.numel():
+            return
+        row, at = torch.arange(len(embeds), device=embeds.device), torch.tensor(0)
+        if mask is not None and mask.dim() == 2:
+            at = mask.int().argmax(1)
+        first = embeds[row, at.to(row)]
+        token = torch.tensor([token_id], device=embeds.device)
+        with torch.no_grad():
+            word = base.get_submodule(self.words)(token).to(embeds)
+        if not torch.isclose(first, word).all(-1).any():
+            warnings.warn(
+                f"inputs_embeds begin with another row than the token {token_id}: the first token "
+                "is hidden from the others, a global token standing in for it. If it is a prompt or no "
+                "cls/bos token, patch with mask_first_token=False",
+                stacklevel=1,
+            )
 
     def _check_length(self, length: int, has_positions: bool, cached: int) -> None:
         config, total = self.config, cached + length
