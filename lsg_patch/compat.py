@@ -54,7 +54,7 @@ Kwargs = dict[str, Any]
 class Signature:
     """The parameters of a forward, which versions call by position or by name, and that of its mask.
 
-    They are looked up once, when a model is patched: compiled code cannot search.
+    They are looked up once, when a model is patched: compiled code cannot ask a function for them.
     """
 
     names: tuple[str, ...]
@@ -67,19 +67,24 @@ class Signature:
 
     def get(self, name: str, args: Args, kwargs: Kwargs) -> Any:
         """An argument of a call; None where it is not given."""
-        if name in self.names[: len(args)]:
-            return args[self.names.index(name)]
-        return kwargs.get(name)
+        at = self._place(name, args)
+        return kwargs.get(name) if at is None else args[at]
 
     def put(self, values: Kwargs, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """The call with these arguments."""
         for name, value in values.items():
-            if name in self.names[: len(args)]:
-                at = self.names.index(name)
-                args = args[:at] + (value,) + args[at + 1 :]
-            else:
+            at = self._place(name, args)
+            if at is None:
                 kwargs = {**kwargs, name: value}
+            else:
+                args = args[:at] + (value,) + args[at + 1 :]
         return args, kwargs
+
+    def _place(self, name: str, args: Args) -> int | None:
+        for at, own in enumerate(self.names[: len(args)]):  # torch 2.1 compiles no index()
+            if own == name:
+                return at
+        return None
 
 
 def _imported_beside(base: nn.Module, function: str) -> Callable[..., Any] | None:

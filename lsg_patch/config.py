@@ -179,7 +179,7 @@ class SavedPatch:
     config: LSGConfig
     global_reach: int | None = None
     bos_id: int | None = None
-    rows: Tensor | None = None
+    rows: Tensor | None = dataclasses.field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; ``from_dict`` gives an equal one back."""

@@ -142,8 +142,8 @@ def find_base(model: nn.Module) -> tuple[nn.Module, Family]:
             known to be impossible.
         ValueError: it holds several.
     """
-    found = [(name, module, family_of(module)) for name, module in model.named_modules()]
-    known = [(name, module, family) for name, module, family in found if family is not None]
+    of_each = ((name, module, family_of(module)) for name, module in model.named_modules())
+    known = [(name, module, family) for name, module, family in of_each if family is not None]
     if not known:
         raise TypeError(
             why_refused(model)

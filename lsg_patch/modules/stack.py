@@ -173,12 +173,10 @@ class GivePositions:
     of_globals: tuple[int, ...]
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        given, tokens = (
-            input_of(self.call, args, kwargs),
-            self.call.get("position_ids", args, kwargs),
-        )
+        given = input_of(self.call, args, kwargs)
         if given is None:
             return args, kwargs  # the model itself has an error for this
+        tokens = self.call.get("position_ids", args, kwargs)
         if tokens is None:
             tokens = torch.arange(given.shape[1], device=given.device)[None]
         mask = compat.padding_mask(self.call.get(self.call.mask, args, kwargs))
@@ -405,7 +403,8 @@ class LeaveModel:
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         last: Tensor = output[0]
-        if any(map(_are_recorded, output if isinstance(output, tuple) else output.values())):
+        values = output if isinstance(output, tuple) else output.values()
+        if any(_are_recorded(value) for value in values):
             mask = compat.padding_mask(self.call.get(self.call.mask, args, kwargs))
             layout = lay_out_step(mask, last.shape[1], self.config, last.device)
             packing = packing_of(mask, self.config)
