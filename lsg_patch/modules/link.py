@@ -6,7 +6,7 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Link:
@@ -33,9 +33,19 @@ def others_with(values: Sequence[Any], known: Sequence[nn.Module]) -> list[nn.Mo
     return _holders(values, known)
 
 
+_CHILDREN = (nn.Module, Tensor, type(None))
+
+
 def _holders(values: Sequence[Any], known: Sequence[nn.Module]) -> list[nn.Module]:
     ours = {id(x) for module in known for x in (module._parameters, module._modules)}
-    held = {id(x): x for x in gc.get_referrers(*values) if type(x) is dict and id(x) not in ours}
+    # dictionaries of modules hold nothing else; to ask who has another, globals() say, takes long
+    held = {
+        id(x): x
+        for x in gc.get_referrers(*values)
+        if type(x) is dict
+        and id(x) not in ours
+        and all(issubclass(type(held), _CHILDREN) for held in list(x.values()))
+    }
     if not held:
         return []
     # a module refers to such a dictionary itself (Python 3.13), or by its attributes
