@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from lsg_patch.config import KEY, LSGConfig, SavedPatch
 from lsg_patch.families import Family, family_of
 from lsg_patch.inspection import check_config, check_loaded, check_weights
 from lsg_patch.patching import GLOBAL_EMBEDDINGS, is_patched, patch_with
-from lsg_patch.plan import SavedGlobals
 from lsg_patch.published import as_ours, is_published
 from lsg_patch.weights import OF_SOURCE, Source
 
@@ -240,13 +239,9 @@ def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             continue
         rows = _read(model, path, kwargs) if rows is None else rows
         own = _rows_of(rows, name, family, SavedPatch.from_dict(values).config)
-        saved = SavedPatch.from_dict(values, **request.settings)
-        patch_with(
-            model if model.config is base.config else base,
-            saved.config,
-            request.tokenizer,
-            SavedGlobals(own, saved.global_reach, saved.bos_id),
-        )
+        saved = replace(SavedPatch.from_dict(values, **request.settings), rows=own)
+        patched = model if model.config is base.config else base
+        patch_with(patched, saved.config, request.tokenizer, saved)
     return loaded
 
 

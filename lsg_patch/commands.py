@@ -61,12 +61,6 @@ def _sentences() -> dict[str, str]:
     return {name: re.split(r"(?<=[a-z)])[.:;] ", " ".join(text.split()))[0] for name, text in found}
 
 
-def _option_of(kind: Any) -> Any:
-    """The type of an option for a setting of this type: that without None; text for a choice of types."""
-    kinds = [part for part in get_args(kind) or (kind,) if part is not type(None)]
-    return kinds[0] if len(kinds) == 1 else str
-
-
 def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """A command with the settings of ``LSGConfig`` as options; it gets those given as ``settings``."""
     from lsg_patch.config import LSGConfig
@@ -87,7 +81,9 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [parameter for name, parameter in own.items() if name != "settings"]
     for name in names:
         option = typer.Option(help=told.get(name), rich_help_panel="Settings, as in LSGConfig")
-        kind: Any = _option_of(types[name])
+        # a setting's type without None; text for a choice of types
+        kinds = [part for part in get_args(types[name]) or (types[name],) if part is not type(None)]
+        kind: Any = kinds[0] if len(kinds) == 1 else str
         annotation: Any = Annotated[kind | None, option]
         parameters.append(
             inspect.Parameter(
@@ -190,20 +186,12 @@ def convert(
     settings: dict[str, Any],
 ) -> None:
     """Save a checkpoint patched for long inputs, with its tokenizer."""
+    given = locals()
     from lsg_patch.conversion import convert as convert_checkpoint
 
     _without_bars()
-    done = convert_checkpoint(
-        source,
-        out,
-        max_length=max_length,
-        architecture=architecture,
-        keep_first_global_token=keep_first_global_token,
-        resize_lsg=resize_lsg,
-        use_token_ids=use_token_ids,
-        test=test,
-        **settings,
-    )
+    del given["settings"]
+    done = convert_checkpoint(**given, **settings)
     print("\n".join(done.lines))
     raise typer.Exit(0 if done.passed else 1)
 
@@ -223,18 +211,11 @@ def export(
     settings: dict[str, Any],
 ) -> None:
     """Write a model as ONNX for all lengths, checked by onnxruntime."""
+    given = locals()
     from lsg_patch.exporting import export_checkpoint
 
     _without_bars()
-    done = export_checkpoint(
-        model,
-        out,
-        max_length=max_length,
-        settings=settings,
-        opset=opset,
-        int8=int8,
-        overwrite=overwrite,
-    )
+    done = export_checkpoint(given.pop("model"), **given)
     print(f"{done.path}: largest difference from the model's outputs {done.difference:.1e}")
     if done.int8_path is not None:
         print(

@@ -46,34 +46,116 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 # a padding mask's name: most families; DistilBERT's stack, and its attention, before 5.0
 MASK_NAMES = ("attention_mask", "attn_mask", "mask")
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
-def passes_masks_of_four_dimensions(base: nn.Module) -> bool:
-    """Whether a base model passes a (B, 1, 1, T) mask to its layers unchanged.
+@dataclass(frozen=True)
+class Signature:
+    """The parameters of a forward, which versions call by position or by name, and that of its mask.
 
-    5.0 and later do (``create_bidirectional_mask``); given two dimensions they would expand them
-    to (B, 1, T, T). Earlier versions take two dimensions and make (B, 1, 1, T) of them.
+    They are looked up once, when a model is patched: compiled code cannot ask a function for them.
     """
-    return _is_imported_beside(base, "create_bidirectional_mask")
 
+    names: tuple[str, ...]
+    mask: str
 
-def expands_masks_without_head_mask(base: nn.Module) -> bool:
-    """Whether a base model expands the padding mask to (B, 1, T, T) unless it gets a head mask.
+    @classmethod
+    def of(cls, module: nn.Module) -> Signature:
+        names = forward_parameters(module)
+        return cls(names, next((name for name in MASK_NAMES if name in names), MASK_NAMES[0]))
 
-    4.41 to 4.57 do, for fused attention, in one family after the other. What says so is kept in
-    three places (the model, a private attribute, the config, which models share); that there is
-    a head mask is looked at in all of them.
-    """
-    return _is_imported_beside(base, "_prepare_4d_attention_mask_for_sdpa")
+    def get(self, name: str, args: Args, kwargs: Kwargs) -> Any:
+        """An argument of a call; None where it is not given."""
+        at = self._place(name, args)
+        return kwargs.get(name) if at is None else args[at]
 
+    def put(self, values: Kwargs, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The call with these arguments."""
+        for name, value in values.items():
+            at = self._place(name, args)
+            if at is None:
+                kwargs = {**kwargs, name: value}
+            else:
+                args = args[:at] + (value,) + args[at + 1 :]
+        return args, kwargs
 
-def _is_imported_beside(base: nn.Module, function: str) -> bool:
-    """Whether the file that defines a model's forward has this function."""
-    return _imported_beside(base, function) is not None
+    def _place(self, name: str, args: Args) -> int | None:
+        for at, own in enumerate(self.names[: len(args)]):  # torch 2.1 compiles no index()
+            if own == name:
+                return at
+        return None
 
 
 def _imported_beside(base: nn.Module, function: str) -> Callable[..., Any] | None:
+    """The function of that name that the file which defines a model's forward has, if it does."""
     return getattr(sys.modules[own_class(type(base)).__module__], function, None)
+
+
+@dataclass(frozen=True)
+class MaskCarrier:
+    """How the padding mask (B, T) comes through a model, or an encoder, to the layers without growing.
+
+    Of two dimensions, and decoders also of none, models make (B, 1, T, T): 5.0 and later always, but
+    they hand on what has four dimensions; 4.41 to 4.57 for fused attention, in one family after
+    the other, unless there is a head mask. What says whether that attention is fused is kept in
+    three places (the model, a private attribute, the config, which models share), so a head mask is
+    given in any case. It carries the padding mask, for where the other one is dropped (BERT generation
+    with a cache, up to 4.52) or would be expanded all the same (BART's kind of encoder before 5.0).
+
+    Attributes:
+        dims: of the mask that is handed over; 0: none is.
+        parts: of the head mask, one for each layer; 0: none is handed over.
+    """
+
+    dims: int
+    parts: int
+
+    @classmethod
+    def of(cls, base: nn.Module, layers: int, is_causal: bool) -> MaskCarrier:
+        if is_causal:  # before 5.0, (B, 1, 1, T) is made of three
+            dims = 4 if _imported_beside(base, "create_causal_mask") else 3
+            return cls(dims, layers if "head_mask" in forward_parameters(base) else 0)
+        expands = _imported_beside(base, "_prepare_4d_attention_mask_for_sdpa") is not None
+        dims = 4 if _imported_beside(base, "create_bidirectional_mask") else 2
+        return cls(dims, layers if expands else 0)
+
+    @classmethod
+    def of_encoder(cls, encoder: nn.Module, layers: int) -> MaskCarrier:
+        """Of one that embeds its input, BART's, which hands its part of the head mask to each layer."""
+        return cls(0, layers) if "head_mask" in forward_parameters(encoder) else cls(4, 0)
+
+    def pack(self, call: Signature, mask: Tensor | None, device: torch.device) -> Kwargs:
+        """The arguments that ``mask`` (B, T) travels as."""
+        given: Kwargs = {call.mask: mask if self.dims == 2 else None}
+        if mask is not None and self.dims > 2:
+            between = [1] * (self.dims - 2)
+            given[call.mask] = mask.to(torch.bool).view(len(mask), *between, mask.shape[1])
+        if self.parts:
+            carried = torch.ones(1, 1, device=device) if mask is None else mask
+            expanded = carried[None, :, None, None, :].expand(self.parts, -1, -1, -1, -1)
+            given["head_mask"] = expanded
+        return given
+
+
+# of self-attention modules of BART's kind: what a part of the encoder's head mask comes as
+LAYER_HEAD_MASK = "layer_head_mask"
+
+
+def padding_mask(mask: Tensor | None, head_mask: Tensor | None = None) -> Tensor | None:
+    """(B, T), True for tokens, of the masks that a model hands on, or as a ``MaskCarrier`` has them.
+
+    ``mask`` is (B, T), 1 for tokens, or (B, 1, T), or (B, 1, 1 or T, T), boolean or to be added to
+    scores; a ``head_mask`` that carries it, (layers, B, 1, 1, T), says it in place of that.
+    """
+    if head_mask is not None:
+        return head_mask[0, :, 0, 0].to(torch.bool)
+    if mask is None or mask.dim() == 2:
+        return mask if mask is None else mask.to(torch.bool)
+    if mask.dim() == 3:
+        return mask[:, 0].to(torch.bool)
+    mask = mask[:, 0, -1]
+    return mask > -1 if mask.is_floating_point() else mask.to(torch.bool)
 
 
 def stack_collects_hidden_states(stack: nn.Module) -> bool:
@@ -123,44 +205,6 @@ def attention_outputs(attention: nn.Module) -> int:
     return 3 if is_barts and release < (4, 54) else 2
 
 
-@dataclass(frozen=True)
-class MaskCarrier:
-    """How a padding mask (B, T) comes through an encoder to its layers without growing.
-
-    The encoder's own mask argument becomes (B, 1, T, T), unless it has four dimensions: then 5.0
-    and later hand it on as it is. Before, ``head_mask`` is what every layer gets its part of.
-
-    Attributes:
-        argument: of the encoder.
-        layer_argument: of its self-attention modules.
-        layers: how many parts there must be; None: it is not cut into parts.
-    """
-
-    argument: str
-    layer_argument: str
-    layers: int | None
-
-    @classmethod
-    def of(cls, encoder: nn.Module, layers: int) -> MaskCarrier:
-        if "head_mask" in forward_parameters(encoder):
-            return cls("head_mask", "layer_head_mask", layers)
-        return cls("attention_mask", "attention_mask", None)
-
-    def pack(self, mask: Tensor) -> Tensor:
-        """The encoder's argument that ``mask`` (B, T) travels as."""
-        if self.layers is None:
-            return mask[:, None, None, :]
-        return mask.expand(self.layers, *mask.shape)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """(B, T), of the encoder's argument."""
-        return packed[:, 0, 0] if self.layers is None else packed[0]
-
-    def unpack_in_layer(self, packed: Tensor) -> Tensor:
-        """(B, T), of a self-attention module's argument."""
-        return packed[:, 0, 0] if self.layers is None else packed
-
-
 def can_decode(base: nn.Module, stack: nn.Module) -> bool:
     """Whether a model that is told to be a decoder is one: it hands a cache on to its layers."""
     return all("past_key_values" in forward_parameters(module) for module in (base, stack))
@@ -182,28 +226,27 @@ class KeyCache:
     4.54 and later hand on one object for all layers, which are told their index, and it is changed
     in place; it may hold another one for cross attention. Before, each layer gets a tuple and
     returns a longer one, also where nobody asked for it.
-
-    Attributes:
-        argument: of the module.
-        is_tuple: what is handed on.
-        takes_places: whether the module also receives the positions of its tokens (up to 5.3).
     """
 
+    call: Signature
     argument: str
     is_tuple: bool
-    takes_places: bool
 
     @classmethod
     def of(cls, attention: nn.Module) -> KeyCache:
-        parameters = forward_parameters(attention)
-        names = ("past_key_values", "past_key_value")
-        name = next((name for name in names if name in parameters), names[0])
-        return cls(name, not hasattr(attention, "layer_idx"), "cache_position" in parameters)
+        call = Signature.of(attention)
+        old = "past_key_value" in call.names
+        name = "past_key_value" if old else "past_key_values"
+        return cls(call, name, not hasattr(attention, "layer_idx"))
+
+    def given(self, args: Args, kwargs: Kwargs) -> Any:
+        return self.call.get(self.argument, args, kwargs)
 
     def extend(
-        self, attention: Any, cache: Any, key: Tensor, value: Tensor, places: Any
+        self, attention: Any, key: Tensor, value: Tensor, args: Args, kwargs: Kwargs
     ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         """All keys and values (B, H, P + T, D), and what the module is to return besides."""
+        cache = self.given(args, kwargs)
         if self.is_tuple:
             if cache is not None:
                 key, value = (
@@ -213,53 +256,10 @@ class KeyCache:
             return key, value, ((key, value),)
         if cache is not None:
             own = getattr(cache, "self_attention_cache", cache)
-            more = ({"cache_position": places},) if self.takes_places else ()
+            places = self.call.get("cache_position", args, kwargs)  # up to 5.3
+            more = () if places is None else ({"cache_position": places},)
             key, value = own.update(key, value, attention.layer_idx, *more)
         return key, value, ()
-
-
-@dataclass(frozen=True)
-class CausalMaskCarrier:
-    """How the padding mask (B, P + T) of a decoder comes through its model without growing.
-
-    Of a mask of two dimensions, and of none, decoders make one of (B, 1, T, P + T). Four are handed
-    on as they are (5.0 and later), three become (B, 1, 1, P + T) (before). With a head mask (4.x) no
-    mask is made for fused attention, and it reaches the stack also where the other one is dropped,
-    with a cache (BERT generation, up to 4.52).
-
-    Attributes:
-        four_dimensions: whether it is handed on with four.
-        layers: parts of the head mask; None: there is none.
-    """
-
-    four_dimensions: bool
-    layers: int | None
-
-    @classmethod
-    def of(cls, base: nn.Module, layers: int) -> CausalMaskCarrier:
-        has_head_mask = "head_mask" in forward_parameters(base)
-        return cls(
-            _is_imported_beside(base, "create_causal_mask"), layers if has_head_mask else None
-        )
-
-    def pack(self, mask: Tensor) -> Tensor:
-        """The model's mask argument that ``mask`` (B, P + T) travels as."""
-        return mask[:, None, None, :] if self.four_dimensions else mask[:, None, :]
-
-    def pack_as_head_mask(self, mask: Tensor) -> Tensor | None:
-        """The model's head mask that ``mask`` (B, P + T) travels as."""
-        if self.layers is None:
-            return None
-        return mask[None, :, None, None, :].expand(self.layers, -1, -1, -1, -1)
-
-    def unpack(self, mask: Tensor, head_mask: Any) -> Tensor:
-        """(B, P + T), of what became of the two arguments on their way."""
-        if isinstance(head_mask, Tensor):
-            return head_mask[0, :, 0, 0].to(torch.bool)
-        if mask.dim() == 3:
-            return mask[:, 0].to(torch.bool)
-        mask = mask[:, 0, 0]
-        return mask > -1 if mask.is_floating_point() else mask.to(torch.bool)
 
 
 @dataclass(frozen=True)
@@ -296,22 +296,14 @@ def scale_of_looked_up_words(embeddings: Any) -> float:
     return float(getattr(embeddings, "embed_scale", 1.0))
 
 
-@dataclass(frozen=True)
-class PositionInput:
-    """What BART's kind of position table takes: the shape of ids, or (4.22) ids of that shape."""
+def takes_shape(positions: nn.Module) -> bool:
+    """Whether BART's kind of position table takes the shape of ids, or (4.22) ids of that shape."""
+    return "input_ids_shape" in forward_parameters(positions)
 
-    is_shape: bool
 
-    @classmethod
-    def of(cls, positions: nn.Module) -> PositionInput:
-        return cls("input_ids_shape" in forward_parameters(positions))
-
-    def like(self, ids: Tensor) -> Any:
-        return ids.shape if self.is_shape else ids
-
-    def one_token(self, given: Any) -> Any:
-        """The argument for the first token alone."""
-        return torch.Size((given[0], 1)) if self.is_shape else given[:, :1]
+def one_position(given: Any) -> Any:
+    """What such a table is to be given in place of that, for the first token alone."""
+    return torch.Size((given[0], 1)) if isinstance(given, torch.Size) else given[:, :1]
 
 
 def has_relative_positions(config: Any) -> bool:

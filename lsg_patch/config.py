@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lsg_patch.attention import Geometry, check_backend, make_geometry
 from lsg_patch.attention.geometry import check_int
 from lsg_patch.attention.sparsity import MOST_ROUNDS, MOST_SEED
@@ -167,15 +169,17 @@ class LSGConfig:
 
 @dataclass(frozen=True)
 class SavedPatch:
-    """A patch as the config of a model says it, under ``KEY``.
+    """A patch as the config of a model says it, under ``KEY``, and what its weights say.
 
     ``global_reach`` is the number of positions that the global tokens were spread over, where these
-    are rows of a table; ``bos_id`` the token that the first of them was made of.
+    are rows of a table; ``bos_id`` the token that the first of them was made of; ``rows``
+    (n, width) are the global tokens in the checkpoint, of which the first ones are taken.
     """
 
     config: LSGConfig
     global_reach: int | None = None
     bos_id: int | None = None
+    rows: Tensor | None = dataclasses.field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; ``from_dict`` gives an equal one back."""

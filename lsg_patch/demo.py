@@ -27,6 +27,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from lsg_patch import LSGConfig, patched
 from lsg_patch.memory import peak_memory
+from lsg_patch.tuning import read_texts, reciprocal_ranks
 
 MIN_DOCUMENT_TOKENS = 2000
 QUERY_TOKENS = (40, 60)  # shortest and longest query
@@ -103,12 +104,7 @@ def build_documents(
     files: Sequence[Path] = (),
 ) -> list[str]:
     """The texts of all `files`, then of the first `count` of `modules` with `minimum` tokens or more."""
-    documents = []
-    for path in files:
-        try:
-            documents.append(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"cannot read {path} as text: {error}") from error
+    documents = read_texts(files)
     wanted = len(documents) + count
     for name in modules:
         if len(documents) == wanted:
@@ -167,7 +163,7 @@ def _passages(text: str, spans: Spans) -> list[str]:
     return [passage for _, _, passage in sorted(found)]
 
 
-# Embedding and ranking
+# Embedding
 
 
 @torch.inference_mode()
@@ -175,14 +171,6 @@ def embed(model: nn.Module, inputs: Iterable[Mapping[str, Tensor]]) -> Tensor:
     """The normalised mean of the outputs of each text's tokens: (texts, D)."""
     means = [model(**tokens).last_hidden_state.mean(1) for tokens in inputs]
     return nn.functional.normalize(torch.cat(means), dim=-1)
-
-
-def target_ranks(queries: Tensor, documents: Tensor, targets: Sequence[int]) -> list[int]:
-    """Rank (from 1) of each query's document by dot product; a tie counts against it."""
-    scores = queries @ documents.T
-    own = scores.gather(1, torch.tensor(targets).unsqueeze(1))
-    ranks: list[int] = (scores >= own).sum(1).tolist()
-    return ranks
 
 
 # The run
@@ -263,7 +251,7 @@ def measure(options: DemoOptions) -> dict[str, Any]:
         start = time.perf_counter()
         # None: a bar only where stderr is a terminal
         bar = tqdm(inputs, f"{name}, {max_length:,} tokens", disable=None, leave=False)
-        ranks = target_ranks(embed(model, asked), embed(model, bar), list(queries))
+        ranks = reciprocal_ranks(embed(model, asked), embed(model, bar)[:, None], list(queries))
         seconds = time.perf_counter() - start
         longest = max(inputs, key=lambda of: of["input_ids"].numel())
         with torch.inference_mode(), peak_memory() as memory:
@@ -272,8 +260,8 @@ def measure(options: DemoOptions) -> dict[str, Any]:
             "name": name,
             "max_length": max_length,  # tokens of a document that are read at most
             "tokens": sum(of["input_ids"].numel() for of in inputs),
-            "recall_at_1": sum(rank == 1 for rank in ranks) / len(ranks),
-            "mrr": sum(1 / rank for rank in ranks) / len(ranks),
+            "recall_at_1": float((ranks == 1).double().mean()),
+            "mrr": float(ranks.double().mean()),
             "seconds": seconds,
             "peak_bytes": memory.peak_bytes,
         }

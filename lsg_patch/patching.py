@@ -32,7 +32,6 @@ from lsg_patch.offloading import value_of
 from lsg_patch.plan import (
     CHUNK,
     Plan,
-    SavedGlobals,
     check_revert,
     configs_around,
     learned_tables,
@@ -147,7 +146,7 @@ def patch_model(
 
 
 def patch_with(
-    model: Model, config: LSGConfig, tokenizer: Any = None, saved: SavedGlobals | None = None
+    model: Model, config: LSGConfig, tokenizer: Any = None, saved: SavedPatch | None = None
 ) -> Model:
     """``patch_model`` with all settings in one, also of a model that was ``saved`` patched.
 
@@ -332,27 +331,25 @@ def freeze_except(model: Model, *parts: str) -> Model:
 
 
 def _tables_to_train(base: nn.Module, patch: Patch, new: bool) -> tuple[list[nn.Embedding], int]:
-    """Tables of learned positions, and how many of their rows are old ones."""
+    """Tables of learned positions, and how many of their rows are those that the model had before."""
     tables, offset = learned_tables(base, FAMILIES[patch.family])
     if not tables or any(table.weight.is_meta for table in tables):
         raise ValueError(
             f"the positions of this {type(base).__name__} are computed, or offloaded: leave "
             "'positions' out, or load the model onto a device"
         )
-    return tables, offset + _known_positions(tables[0], patch, offset) if new else 0
-
-
-def _known_positions(table: nn.Embedding, patch: Patch, offset: int) -> int:
-    """How many positions of a patched model are those that it had before."""
-    changes = getattr(record_of(table), "changes", [])
+    if not new:
+        return tables, 0
+    count = tables[0].num_embeddings - offset
+    changes = getattr(record_of(tables[0]), "changes", [])
     resized = [change.common - offset for change in changes if isinstance(change, PositionsResized)]
     known: int | None = resized[0] if resized else patch.saved["global_reach"]
-    if known is None or patch.config.positions != "tile" or known >= table.num_embeddings - offset:
+    if known is None or patch.config.positions != "tile" or known >= count:
         raise ValueError(
-            f"'new_positions', but which of the {table.num_embeddings - offset} positions are new is not "
-            "known, or none is, or (positions='interpolate') all are: pass 'positions'"
+            f"'new_positions', but which of the {count} positions are new is not known, or none is, or "
+            "(positions='interpolate') all are: pass 'positions'"
         )
-    return known
+    return tables, offset + known
 
 
 @contextmanager
@@ -425,7 +422,7 @@ def _apply(
         seed = (config.seed or 0) + index
         swap_attention(module, config, family, seed, journal, plan.is_causal)
     if plan.global_rows is not None:
-        journal.add_module(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
+        journal.add(plan.embeddings, GLOBAL_EMBEDDINGS, GlobalEmbeddings(plan.global_rows))
         journal.set_attribute(plan.embeddings, "lsg_self", Link(plan.embeddings))
     hook_edges(base, family, plan, config, journal)
     changed = {table.weight for tables in plan.tables for table in tables}

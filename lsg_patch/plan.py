@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lsg_patch import compat
-from lsg_patch.config import LSGConfig
+from lsg_patch.config import LSGConfig, SavedPatch
 from lsg_patch.families import Family, Rotary, find_modules
 from lsg_patch.modules.global_embeddings import global_positions, initial_rows
 from lsg_patch.modules.link import others_with
-from lsg_patch.modules.position_table import PositionsResized, shared_with, unlike_a_table
+from lsg_patch.modules.position_table import PositionsResized, unlike_a_table
 from lsg_patch.modules.swapped import hidden_forward
 from lsg_patch.offloading import device_of, kept_as_a_whole, value_of
 from lsg_patch.tokenizer import find_token_ids
@@ -68,25 +68,13 @@ class Plan:
     can_unpad: bool = True
 
 
-@dataclass
-class SavedGlobals:
-    """Global tokens that were saved: ``rows`` (n, width) of which the first ones are taken.
-
-    ``reach`` and ``bos_id`` are ``global_reach`` and ``bos_id`` of a ``Plan``, where they are known.
-    """
-
-    rows: Tensor | None
-    reach: int | None = None
-    bos_id: int | None = None
-
-
 def make_plan(
     model: nn.Module,
     base: nn.Module,
     family: Family,
     config: LSGConfig,
     tokenizer: Any,
-    saved: SavedGlobals | None = None,
+    saved: SavedPatch | None = None,
 ) -> Plan:
     """Find what is to be changed in ``base``, which is ``model`` or inside of it.
 
@@ -96,10 +84,15 @@ def make_plan(
         ValueError: the model is of a kind that cannot be patched, or a token id is not to be found.
         TypeError: it is not built as its family is.
     """
-    _check_kind(base)
+    if compat.has_relative_positions(base.config):
+        kind = vars(base.config)["position_embedding_type"]
+        raise ValueError(
+            f"position_embedding_type={kind!r}: relative positions are part of the attention itself "
+            "and cannot be patched; use a model with absolute ones"
+        )
     _check_wrappers(model, base.modules())
     try:
-        plan = _locate(model, base, family, config, saved.reach if saved else None)
+        plan = _locate(model, base, family, config, saved.global_reach if saved else None)
     except AttributeError as error:
         raise TypeError(
             f"{type(base).__name__} is not built like a {family.name} model: {error}"
@@ -128,15 +121,6 @@ def make_plan(
     if config.num_global_tokens:
         plan.global_rows = _global_rows(base, family, plan, config, tokenizer, saved)
     return plan
-
-
-def _check_kind(base: nn.Module) -> None:
-    model_config: Any = base.config
-    if compat.has_relative_positions(model_config):
-        raise ValueError(
-            f"position_embedding_type={model_config.position_embedding_type!r}: relative positions "
-            "are part of the attention itself and cannot be patched; use a model with absolute ones"
-        )
 
 
 def _check_decoder(base: nn.Module, family: Family, plan: Plan) -> None:
@@ -189,6 +173,15 @@ def _locate(
         rotary = None
     positions = _positions(base, family, rotary)
     offset = 0 if positions is None else family.position_offset(positions)
+    sharing: dict[Tensor, list[nn.Embedding]] = {}
+    decoder_table = _table(base, family.decoder_positions) if family.decoder_positions else None
+    for found in dict.fromkeys((positions, decoder_table)):
+        if found is not None:
+            sharing.setdefault(found.weight, []).append(found)
+    own = list(model.modules())
+    others = others_with([base, *sharing], own)
+    for weight, of in sharing.items():
+        _check_shared(weight, of, [*own, *others])
     reach, table_reach = config.max_position_embeddings, None
     if rotary is None and family.relative_bias is None and positions is not None:
         reach = table_reach = positions.num_embeddings - offset
@@ -222,11 +215,11 @@ def _locate(
         first_token_rest=torch.stack(known).sum(0) if known else None,
         offset=offset,
         config_offset=offset if family.config_counts_offset else 0,
-        configs=configs_around(model, base) | _configs_beside(model, base),
+        configs=configs_around(model, base, others),
         num_layers=getattr(base.config, "num_hidden_layers", len(attentions)),
         chunked=[module for module in stack.modules() if getattr(module, CHUNK, 0)],
         decoder=_find(base, family.decoder) if family.decoder else None,
-        tables=_tables(base, family, positions),
+        tables=list(sharing.values()),
     )
 
 
@@ -281,25 +274,15 @@ def _table(base: nn.Module, path: str) -> nn.Embedding:
     return found
 
 
-def _tables(
-    base: nn.Module, family: Family, positions: nn.Embedding | None
-) -> list[list[nn.Embedding]]:
-    """All tables of positions, those that share a weight together; a weight shared outside is refused."""
-    tables = [] if positions is None else [positions]
-    if family.decoder_positions:
-        tables.append(_table(base, family.decoder_positions))
-    groups: dict[int, list[nn.Embedding]] = {}
-    for table in dict.fromkeys(tables):
-        groups.setdefault(id(table.weight), []).append(table)
-    for group in groups.values():
-        other = shared_with(group)
-        if other is not None:
+def _check_shared(weight: Tensor, tables: list[nn.Embedding], modules: list[nn.Module]) -> None:
+    """Refuse a weight of ``tables`` of positions that another of ``modules`` has as well."""
+    for other in modules:
+        if other not in tables and any(weight is own for own in other._parameters.values()):
             raise ValueError(
-                f"the model's table of positions shares its weight with another {other.__name__}, and a "
-                "patch replaces it: untie the two (give one a copy of the weight), patch both models, and "
-                "tie them again"
+                f"the model's table of positions shares its weight with another {type(other).__name__}, "
+                "and a patch replaces it: untie the two (give one a copy of the weight), patch both "
+                "models, and tie them again"
             )
-    return list(groups.values())
 
 
 def _looked_up(table: nn.Module, ids: list[int]) -> Tensor:
@@ -357,12 +340,15 @@ def _check_modules(base: nn.Module, plan: Plan) -> None:
 def _check_signatures(base: nn.Module, family: Family, plan: Plan) -> None:
     """What hooks and swapped modules read of a call is to be found in it."""
     owner = plan.stack if family.embeds_in_stack else base
-    masked = ((module, compat.MASK_NAMES) for module in (owner, plan.stack, plan.attentions[0]))
-    for module, names in ((owner, ("input_ids",)), *masked):
-        if not set(names).intersection(compat.forward_parameters(module)):
+    calls = [(x, compat.Signature.of(x)) for x in (owner, plan.stack, plan.attentions[0])]
+    for module, call, name in (
+        (*calls[0], "input_ids"),
+        *((x, call, call.mask) for x, call in calls),
+    ):
+        if name not in call.names:
             own = compat.own_class(type(module))
             raise ValueError(
-                f"the forward of {own.__module__}.{own.__qualname__} has no parameter {names[0]}, by which "
+                f"the forward of {own.__module__}.{own.__qualname__} has no parameter {name}, by which "
                 "a patch finds its input: derive the class from that of transformers and call its forward "
                 "by super(), or give the parameter that name"
             )
@@ -377,7 +363,9 @@ def check_revert(model: nn.Module, records: dict[str, Journal]) -> None:
     _check_wrappers(model, (record.owner for record in records.values()))
     present = set(model.modules())
     for own in (own for record in records.values() for own in record.changes):
-        if isinstance(own, Journal) and own.owner not in present and own.holds(PositionsResized):
+        if not isinstance(own, Journal) or own.owner in present:
+            continue
+        if any(isinstance(change, PositionsResized) for change in own.changes):
             raise ValueError(
                 "the model's table of positions was replaced while it was patched: put that one back, then "
                 "revert"
@@ -391,27 +379,17 @@ def check_revert(model: nn.Module, records: dict[str, Journal]) -> None:
             raise ValueError(f"model.{name} cannot be reverted, so nothing was: {hindrance}")
 
 
-def configs_around(model: nn.Module, base: nn.Module) -> dict[str, Any]:
-    """The configs that state the length of ``base``, by their paths: its own, and those of the
-    modules around it in ``model`` that are of its kind. Mostly they are one and the same object.
+def configs_around(
+    model: nn.Module, base: nn.Module, others: Iterable[nn.Module] = ()
+) -> dict[str, Any]:
+    """The configs that state the length of ``base``, by where they are: its own, and those of the
+    modules around it in ``model`` and of ``others`` that have it (two heads may have one encoder), if
+    they are of its kind. Mostly they are one and the same object.
     """
     path = next(name for name, module in model.named_modules() if module is base)
     names = ("", *accumulate(path.split("."), "{}.{}".format))
-    return _configs_of(
-        base, {f"model.{name}".rstrip("."): model.get_submodule(name) for name in names}
-    )
-
-
-def _configs_beside(model: nn.Module, base: nn.Module) -> dict[str, Any]:
-    """Those of other models that hold ``base`` as well: two heads may have one encoder."""
-    others = others_with(base, "_modules", list(model.modules()))
-    return _configs_of(
-        base, {f"(a {type(other).__name__} that has the encoder too)": other for other in others}
-    )
-
-
-def _configs_of(base: nn.Module, owners: dict[str, nn.Module]) -> dict[str, Any]:
-    """The different configs of the kind of that of ``base``, by where they are."""
+    owners = {f"model.{name}".rstrip("."): model.get_submodule(name) for name in names}
+    owners |= {f"(a {type(other).__name__} that has the encoder too)": other for other in others}
     found: dict[str, Any] = {}
     for name, owner in owners.items():
         config = getattr(owner, "config", None)
@@ -500,7 +478,7 @@ def _global_rows(
     plan: Plan,
     config: LSGConfig,
     tokenizer: Any,
-    saved: SavedGlobals | None,
+    saved: SavedPatch | None,
 ) -> Tensor:
     count, rows = config.num_global_tokens, None
     if saved is not None and saved.rows is not None:

@@ -54,9 +54,6 @@ class Journal(Change):
     def record(self, change: Change) -> None:
         self.changes.append(change)
 
-    def holds(self, kind: type[Change]) -> bool:
-        return any(isinstance(change, kind) for change in self.changes)
-
     def hindrance(self) -> str | None:
         return next(filter(None, (change.hindrance() for change in self.changes)), None)
 
@@ -84,14 +81,13 @@ class Journal(Change):
         self.of(owner).record(AttributeSet(owner, name, existed, old))
         setattr(owner, name, value)
 
-    def add_module(self, owner: nn.Module, name: str, child: nn.Module) -> None:
+    def add(self, owner: nn.Module, name: str, child: nn.Module | Tensor) -> None:
+        """A module, or a buffer, which moves with its owner and is not saved."""
         self.of(owner).record(ChildAdded(owner, name))
-        owner.add_module(name, child)
-
-    def add_buffer(self, owner: nn.Module, name: str, buffer: Tensor) -> None:
-        """A buffer that moves with the module and is not saved."""
-        self.of(owner).record(ChildAdded(owner, name))
-        owner.register_buffer(name, buffer, persistent=False)
+        if isinstance(child, Tensor):
+            owner.register_buffer(name, child, persistent=False)
+        else:
+            owner.add_module(name, child)
 
     def before(self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = True) -> None:
         """Call ``hook`` before the forward of ``module``."""

@@ -130,20 +130,6 @@ def test_embeddings_are_normalised_means_in_the_order_of_the_texts():
     torch.testing.assert_close(demo.embed(Encoder(), texts), expected)
 
 
-# Ranking
-
-
-def test_ranks_of_hand_made_scores():
-    documents = torch.eye(3)
-    queries = torch.tensor([[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.9, 0.1, 0.0]])
-    assert demo.target_ranks(queries, documents, [0, 1, 2]) == [1, 2, 3]
-
-
-def test_a_tie_counts_against_the_target():
-    same = torch.ones(4, 2)
-    assert demo.target_ranks(torch.ones(2, 2), same, [0, 3]) == [4, 4]
-
-
 # The whole
 
 

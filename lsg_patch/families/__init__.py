@@ -1,6 +1,6 @@
 """The families that can be patched, and how a model is recognised as one of them."""
 
-from lsg_patch.families import albert, bart, bert, distilbert, documents, mpnet, rotary
+from lsg_patch.families import bart, bert, documents, projecting, rotary
 from lsg_patch.families.base import AttentionNames, Family, Rotary, find_modules
 from lsg_patch.families.refused import REFUSED
 from lsg_patch.families.registry import FAMILIES, family_of, find_base, register_family
@@ -17,6 +17,6 @@ __all__ = [
     "register_family",
 ]
 
-for _module in (bert, albert, distilbert, documents, mpnet, rotary, bart):
+for _module in (bert, projecting, documents, rotary, bart):
     for _family in _module.FAMILIES:
         register_family(_family)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsg_patch.families.base import AttentionNames, Family, continued, no_offset
+from lsg_patch.families.base import AttentionNames, Family, Projection, continued, no_offset
 
 
 def own_offset(positions: nn.Module) -> int:
@@ -25,11 +25,6 @@ def sinusoids(rows: Tensor, offset: int, length: int, config: Any) -> Tensor:
     return continued(rows, torch.cat([angle.sin(), angle.cos()[:, : width // 2]], dim=1).float())
 
 
-def projected(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
-    """The projection of the joined heads is the module's own."""
-    return module.out_proj(context)  # type: ignore[no-any-return]
-
-
 BART = Family(
     "bart",
     ("BartModel",),
@@ -44,7 +39,7 @@ BART = Family(
     config_counts_offset=False,
     position_buffers=(),
     names=AttentionNames("q_proj", "k_proj", "v_proj", "num_heads", "dropout"),
-    output=projected,
+    output=Projection("out_proj"),
     decoder="decoder",
     decoder_positions="decoder.embed_positions",
 )

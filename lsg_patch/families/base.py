@@ -49,6 +49,16 @@ def context_alone(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
     return context
 
 
+@dataclass(frozen=True)
+class Projection:
+    """The module projects the joined heads by its own layer ``name``."""
+
+    name: str
+
+    def __call__(self, module: Any, hidden: Tensor, context: Tensor) -> Tensor:
+        return getattr(module, self.name)(context)  # type: ignore[no-any-return]
+
+
 def always(config: Any) -> bool:
     """Whatever the config says."""
     return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from torch import nn
 
 from lsg_patch.families.base import AttentionNames, Family, Rotary
@@ -94,47 +96,29 @@ def register_family(family: Family) -> Family:
     return family
 
 
-_PATHS = ("attentions", "stack", "embeddings", "projection", "words", "positions", "token_types")
-_LISTS = ("base_classes", "global_path", "position_buffers", "methods_left_out")
-_FUNCTIONS = (
-    "position_offset",
-    "first_token_extra",
-    "word_scale",
-    "computed_positions",
-    "output",
-    "relative_bias",
-)
-
-
 def _check(family: Family) -> None:
     if not isinstance(family, Family):
         raise TypeError(f"a lsg_patch.Family is registered, not {type(family).__name__}")
-    for name in ("name", *_PATHS):
-        value = getattr(family, name)
-        if value is None and name in ("projection", "positions", "token_types"):
+    for field in fields(Family):
+        name, kind, value = field.name, str(field.type), getattr(family, field.name)
+        if value is None and kind.endswith("None"):
             continue
-        if not isinstance(value, str):
-            raise TypeError(f"Family.{name} must be a string, not {value!r}")
-        if not value:
+        if kind.startswith("str"):
+            fits, wanted = isinstance(value, str), "a string"
+        elif kind.startswith("tuple"):
+            fits = isinstance(value, tuple) and all(isinstance(x, str) and x for x in value)
+            wanted = "a tuple of strings"
+        elif kind.startswith("Callable"):
+            fits, wanted = callable(value), "a function"
+        else:
+            own = {"AttentionNames": AttentionNames, "Rotary": Rotary}.get(kind.split()[0], bool)
+            fits, wanted = isinstance(value, own), own.__name__
+        if not fits:
+            raise TypeError(f"Family.{name} must be {wanted}, not {value!r}")
+        if value == "" or (value == () and name == "base_classes"):
             raise ValueError(f"Family.{name} is empty")
-    for name in _LISTS:
-        value = getattr(family, name)
-        if not isinstance(value, tuple) or not all(isinstance(x, str) and x for x in value):
-            raise TypeError(f"Family.{name} must be a tuple of strings, not {value!r}")
-    if not family.base_classes:
-        raise ValueError("Family.base_classes is empty: which models are of the family?")
-    for name in _FUNCTIONS:
-        value = getattr(family, name)
-        if value is None and name == "relative_bias":
-            continue
-        if not callable(value):
-            raise TypeError(f"Family.{name} must be a function, not {getattr(family, name)!r}")
     if family.relative_bias is not None and family.embeds_in_stack:
         raise ValueError("Family.relative_bias needs embeddings outside of the stack")
-    if not isinstance(family.names, AttentionNames):
-        raise TypeError(f"Family.names must be AttentionNames, not {family.names!r}")
-    if not isinstance(family.rotary, (Rotary, type(None))):
-        raise TypeError(f"Family.rotary must be a Rotary or None, not {family.rotary!r}")
 
 
 def family_of(module: nn.Module) -> Family | None:
@@ -158,8 +142,8 @@ def find_base(model: nn.Module) -> tuple[nn.Module, Family]:
             known to be impossible.
         ValueError: it holds several.
     """
-    found = [(name, module, family_of(module)) for name, module in model.named_modules()]
-    known = [(name, module, family) for name, module, family in found if family is not None]
+    of_each = ((name, module, family_of(module)) for name, module in model.named_modules())
+    known = [(name, module, family) for name, module, family in of_each if family is not None]
     if not known:
         raise TypeError(
             why_refused(model)

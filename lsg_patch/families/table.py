@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from lsg_patch.families.base import Family, learned
+from lsg_patch.families.base import learned
 from lsg_patch.families.registry import FAMILIES
 
 
@@ -20,22 +20,14 @@ class Row(NamedTuple):
 
 def rows() -> list[Row]:
     """All families, by name."""
-    return [
-        Row(
-            family=family.name,
-            base_models=family.base_classes,
-            positions=_positions(family),
-            begins_with_cls=family.begins_with_cls,
-        )
-        for family in sorted(FAMILIES.values(), key=lambda family: family.name)
-    ]
-
-
-def _positions(family: Family) -> str:
-    kinds = ["learned"] * (family.positions is not None)
-    kinds += ["rotary"] * (family.rotary is not None)
-    kinds += ["computed"] * (family.rotary is None and family.computed_positions is not learned)
-    return " or ".join(kinds) or "none"
+    found = []
+    for name, family in sorted(FAMILIES.items()):
+        kinds = ["learned"] * (family.positions is not None)
+        kinds += ["rotary"] * (family.rotary is not None)
+        kinds += ["computed"] * (family.rotary is None and family.computed_positions is not learned)
+        positions = " or ".join(kinds) or "none"
+        found.append(Row(name, family.base_classes, positions, family.begins_with_cls))
+    return found
 
 
 def as_json() -> str:

@@ -16,67 +16,57 @@ import torch
 from torch import Tensor, nn
 
 from lsg_patch import compat
+from lsg_patch.compat import Args, Kwargs, Signature
 from lsg_patch.config import LSGConfig
-from lsg_patch.modules.arguments import Args, Argument, Kwargs
 from lsg_patch.modules.layout import enter, lay_out, leave
-from lsg_patch.modules.stack import EnterModel, as_padding_mask, map_hidden_states, wants
+from lsg_patch.modules.stack import CheckInput, given_back, map_output, wants_attentions
 
 
 @dataclass(frozen=True)
 class EnterEncoder:
     """Before the encoder: its input is checked, embedded, laid out, and its mask kept compact.
 
-    ``check`` is what a model with an inner stack has before it; ``words`` and ``positions`` are the
-    names of the tables.
+    ``words`` and ``positions`` are the names of the tables, the latter of which ``takes_shape`` or ids.
     """
 
-    config: LSGConfig
-    check: EnterModel
+    check: CheckInput
     carrier: compat.MaskCarrier
-    carried: Argument
     words: str
     positions: str
-    position_input: compat.PositionInput
+    takes_shape: bool
 
     def __call__(self, encoder: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        args, kwargs = self.check(encoder, args, kwargs)
-        ids, embeds = self.check.ids.get(args, kwargs), self.check.embeds.get(args, kwargs)
+        call, config = self.check.call, self.check.config
+        _, mask, _ = self.check(encoder, args, kwargs)
+        ids, embeds = (call.get(name, args, kwargs) for name in ("input_ids", "inputs_embeds"))
         if (ids is None) == (embeds is None):
             return args, kwargs  # the encoder itself has an error for this
         if embeds is None:
-            scale = compat.scale_of_looked_up_words(encoder)
-            embeds = getattr(encoder, self.words)(ids) * scale
-        mask = as_padding_mask(self.check.mask.get(args, kwargs))
-        hidden, _ = enter(self._with_globals(encoder, embeds), mask, self.config)
+            embeds = getattr(encoder, self.words)(ids) * compat.scale_of_looked_up_words(encoder)
+        mask = compat.padding_mask(mask)
+        hidden, _ = enter(self._with_globals(encoder, embeds), mask, config)
         if mask is None:
             # it also tells the length, which hidden states that are laid out do not
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        args, kwargs = self.check.ids.put(None, args, kwargs)
-        args, kwargs = self.check.embeds.put(hidden, args, kwargs)
-        args, kwargs = self.check.mask.put(None, args, kwargs)
-        return self.carried.put(self.carrier.pack(mask), args, kwargs)
+        packed = self.carrier.pack(call, mask, embeds.device)
+        return call.put({"input_ids": None, "inputs_embeds": hidden, **packed}, args, kwargs)
 
     def _with_globals(self, encoder: nn.Module, embeds: Tensor) -> Tensor:
         """Words (B, T0, width) with their positions, and global tokens: (B, g + T0, width)."""
         # by forward: the hooks on this table return zeros
-        places = getattr(encoder, self.positions).forward(
-            self.position_input.like(embeds[:1, :, -1])
-        )
+        like = embeds[:1, :, -1]
+        table: Any = getattr(encoder, self.positions)
+        places = table.forward(like.shape if self.takes_shape else like)
         hidden: Tensor = embeds + places.to(embeds.device)
-        if not self.config.num_global_tokens:
+        if not self.check.config.num_global_tokens:
             return hidden
         rows: Tensor = encoder.global_embeddings(hidden)  # type: ignore[operator]
         return torch.cat([rows.to(hidden), hidden], dim=1)
 
 
-@dataclass(frozen=True)
-class FirstPosition:
+def first_position(positions: nn.Module, args: Args) -> Args:
     """Before the position table: one position is enough, and there is always one."""
-
-    position_input: compat.PositionInput
-
-    def __call__(self, positions: nn.Module, args: Args) -> Args:
-        return (self.position_input.one_token(args[0]), *args[1:])
+    return (compat.one_position(args[0]), *args[1:])
 
 
 def no_positions(positions: nn.Module, args: Args, output: Tensor) -> Tensor:
@@ -89,17 +79,16 @@ class GiveLayout:
     """Before a self-attention module: the mask that was handed on becomes its ``Layout``."""
 
     config: LSGConfig
-    carrier: compat.MaskCarrier
-    carried: Argument
-    mask: Argument
+    call: Signature
 
     def __call__(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        given = self.carried.get(args, kwargs)
-        if given is None:
+        carried = self.call.get(compat.LAYER_HEAD_MASK, args, kwargs)
+        given = self.call.get(self.call.mask, args, kwargs) if carried is None else carried
+        mask = compat.padding_mask(given)
+        if mask is None:
             return args, kwargs  # a layer called alone: the module has an error for this
-        mask = self.carrier.unpack_in_layer(given)
         layout = lay_out(mask, mask.shape[1], self.config, mask.device)
-        return self.mask.put(layout, args, kwargs)
+        return self.call.put({self.call.mask: layout}, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -111,21 +100,20 @@ class LeaveEncoder:
     """
 
     config: LSGConfig
-    carrier: compat.MaskCarrier
-    carried: Argument
-    wants_attentions: Argument
+    call: Signature
     num_layers: int
 
     def __call__(self, encoder: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        mask = self.carrier.unpack(self.carried.get(args, kwargs))
+        carriers = (self.call.get(name, args, kwargs) for name in (self.call.mask, "head_mask"))
+        mask: Any = compat.padding_mask(*carriers)
         keep = self.config.pass_global_tokens_to_decoder
         layout = lay_out(mask, mask.shape[1], self.config, mask.device, pool=not keep)
         if keep:
             first = torch.arange(self.config.num_global_tokens, device=mask.device)
             rows = torch.cat([first.expand(len(layout.rows), -1), layout.rows], dim=1)
             layout = layout._replace(rows=rows)
-        output = map_hidden_states(output, lambda x: leave(x, layout))
-        if not isinstance(output, tuple) and wants(self.wants_attentions, encoder, args, kwargs):
+        output = map_output(output, lambda x: given_back(x, lambda rows: leave(rows, layout)))
+        if not isinstance(output, tuple) and wants_attentions(self.call, encoder, args, kwargs):
             output["attentions"] = (None,) * self.num_layers
         return output
 
@@ -139,11 +127,11 @@ class EnterDecoder:
     """
 
     config: LSGConfig
-    states: Argument
-    mask: Argument
+    call: Signature
 
     def __call__(self, decoder: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        states, mask = self.states.get(args, kwargs), self.mask.get(args, kwargs)
+        states = self.call.get("encoder_hidden_states", args, kwargs)
+        mask = self.call.get("encoder_attention_mask", args, kwargs)
         num_global = self.config.num_global_tokens
         if states is None or (mask is None and not self.config.mask_first_token):
             return args, kwargs
@@ -156,4 +144,4 @@ class EnterDecoder:
             first = mask.int().argmax(dim=1, keepdim=True)
             mask = mask.scatter(1, first, 0)
         mask = torch.cat([mask.new_ones(len(mask), num_global), mask], dim=1)
-        return self.mask.put(mask, args, kwargs)
+        return self.call.put({"encoder_attention_mask": mask}, args, kwargs)

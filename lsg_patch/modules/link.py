@@ -6,7 +6,7 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Link:
@@ -23,24 +23,35 @@ class Link:
         return Link(memo.get(id(self.module), self.module))
 
 
-def others_with(value: Any, attribute: str, known: Sequence[nn.Module]) -> list[nn.Module]:
-    """The modules besides the ``known`` ones, wherever they are, that have ``value`` in their
-    ``_parameters`` or ``_modules``, as ``attribute`` says.
+def others_with(values: Sequence[Any], known: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules besides the ``known`` ones, wherever they are, of which one of ``values`` is a
+    parameter or a child.
     """
-    if not _holders(value, attribute, known):
+    if not _holders(values, known):
         return []
     gc.collect()  # they may be gone
-    return _holders(value, attribute, known)
+    return _holders(values, known)
 
 
-def _holders(value: Any, attribute: str, known: Sequence[nn.Module]) -> list[nn.Module]:
-    ours = {id(getattr(module, attribute)) for module in known}
-    held = [x for x in gc.get_referrers(value) if type(x) is dict and id(x) not in ours]
+_CHILDREN = (nn.Module, Tensor, type(None))
+
+
+def _holders(values: Sequence[Any], known: Sequence[nn.Module]) -> list[nn.Module]:
+    ours = {id(x) for module in known for x in (module._parameters, module._modules)}
+    # dictionaries of modules hold nothing else; to ask who has another, globals() say, takes long
+    held = {
+        id(x): x
+        for x in gc.get_referrers(*values)
+        if type(x) is dict
+        and id(x) not in ours
+        and all(issubclass(type(held), _CHILDREN) for held in list(x.values()))
+    }
     if not held:
         return []
     # a module refers to such a dictionary itself (Python 3.13), or by its attributes
-    owners = gc.get_referrers(*held)
-    attributes = [x for x in owners if type(x) is dict and any(x.get(attribute) is y for y in held)]
+    owners = gc.get_referrers(*held.values())
+    named = ("_parameters", "_modules")
+    attributes = [x for x in owners if type(x) is dict and any(id(x.get(n)) in held for n in named)]
     owners += gc.get_referrers(*attributes) if attributes else []
     modules = (x for x in owners if issubclass(type(x), nn.Module))
-    return [x for x in modules if any(getattr(x, attribute) is y for y in held)]
+    return [x for x in modules if id(x._parameters) in held or id(x._modules) in held]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lsg_patch import offloading
-from lsg_patch.modules.link import others_with
 from lsg_patch.undo import Change, Journal
 
 
@@ -65,19 +63,6 @@ def unlike_a_table(table: nn.Embedding) -> str | None:
     return None
 
 
-def shared_with(tables: Sequence[nn.Embedding]) -> type[nn.Module] | None:
-    """The class of a module besides ``tables``, wherever it is, that has the weight they share."""
-
-    def references(parameters: dict[str, Any]) -> int:
-        return sys.getrefcount(parameters["weight"])
-
-    lone = references({"weight": nn.Parameter(torch.empty(0))})
-    if references(tables[0]._parameters) - lone < len(tables):
-        return None  # nobody else refers to it; to look for who does takes a tenth of a second
-    others = others_with(tables[0].weight, "_parameters", tables)
-    return type(others[0]) if others else None
-
-
 def resize_positions(
     tables: Sequence[nn.Embedding], rows: Tensor, journal: Journal, common: int
 ) -> None:
@@ -105,11 +90,8 @@ def resize_buffers(owner: nn.Module, names: tuple[str, ...], rows: int, journal:
         if isinstance(old, Tensor):
             journal.of(owner).record(BufferResized(owner, name, old))
             counted = torch.arange(rows, dtype=old.dtype, device=old.device).expand(1, -1)
-            setattr(
-                owner,
-                name,
-                counted.clone() if name == "position_ids" else torch.zeros_like(counted),
-            )
+            new = counted.clone() if name == "position_ids" else torch.zeros_like(counted)
+            setattr(owner, name, new)
 
 
 @dataclass

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lsg_patch import compat
 from lsg_patch.attention import draw_projections, lsg_attention, projection_shapes
 from lsg_patch.attention.rotary import rotate
+from lsg_patch.compat import Args, KeyCache, Kwargs, Signature
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import AttentionNames, Family, Rotary
-from lsg_patch.modules.arguments import Args, Argument, Kwargs
-from lsg_patch.modules.causal import KeptKeys
+from lsg_patch.modules.causal import with_earlier_keys
 from lsg_patch.modules.layout import Batch, Layout
 from lsg_patch.modules.swapped import Swapped, swap_class
 from lsg_patch.offloading import device_of
@@ -27,18 +27,17 @@ class AttentionState:
     """What a swapped module knows besides what it was: the settings, its family, its arguments.
 
     ``outputs`` is how many values it returns; ``rounds`` the number of its projections for lsh;
-    ``kept`` where a decoder's module has earlier keys from (None: it is no decoder's).
+    ``cache`` where a decoder's module has earlier keys from (None: it is no decoder's).
     """
 
     config: LSGConfig
     names: AttentionNames
     output: Callable[[Any, Tensor, Tensor], Tensor]
-    hidden: Argument
-    mask: Argument
+    call: Signature
     outputs: int
     rounds: int
     rotary: Rotary | None
-    kept: KeptKeys | None
+    cache: KeyCache | None
 
 
 class LSGSelfAttention(Swapped):
@@ -56,19 +55,21 @@ class LSGSelfAttention(Swapped):
         lsg = self.lsg
         query, key, value, choose_by, layout = self.projected(args, kwargs)
         cached: tuple[Any, ...] = ()
-        if lsg.kept is not None:
-            key, value, cached = lsg.kept.extend(self, key, value, layout, args, kwargs)
+        if lsg.cache is not None:
+            num_global = lsg.config.num_global_tokens
+            key, value, cached = with_earlier_keys(
+                self, lsg.cache, key, value, layout, num_global, args, kwargs
+            )
         context = self.attend(layout, query, key, value, choose_by)
-        output = lsg.output(self, lsg.hidden.get(args, kwargs), context)
+        output = lsg.output(self, lsg.call.get(lsg.call.names[0], args, kwargs), context)
         return (output,) + (None,) * (lsg.outputs - 1) + cached
 
     def projected(
         self, args: Args, kwargs: Kwargs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Layout]:
         """Query, key, value (B, H, N, D) of a call, what tokens are chosen by, and the layout."""
-        lsg = self.lsg
-        names = lsg.names
-        hidden, layout = lsg.hidden.get(args, kwargs), lsg.mask.get(args, kwargs)
+        lsg, names, call = self.lsg, self.lsg.names, self.lsg.call
+        hidden, layout = (call.get(name, args, kwargs) for name in (call.names[0], call.mask))
         if not isinstance(layout, Layout):
             raise RuntimeError(
                 f"{type(self).__name__} runs inside its model only: the layer stack lays its input "
@@ -112,7 +113,7 @@ class LSGSelfAttention(Swapped):
             sparsity_factor=config.sparsity_factor,
             sparsity_type=config.sparsity_type,
             num_global_tokens=config.num_global_tokens,
-            is_causal=lsg.kept is not None,
+            is_causal=lsg.cache is not None,
             lsh_num_pre_rounds=config.lsh_num_pre_rounds,
             lsh_projections=[getattr(self, _projection_name(i)) for i in range(lsg.rounds)],
             choose_by=choose_by,
@@ -163,22 +164,16 @@ def swap_attention(
     device, dtype = device_of(module), next(floating, torch.float32)
     for i, projection in enumerate(draw_projections(shapes, seed)):
         # buffers, so that they move with the module and reach its replicas
-        journal.add_buffer(module, _projection_name(i), projection.to(device, dtype))
-    parameters = compat.forward_parameters(module)
-    hidden = Argument.of(parameters, parameters[0])
-    mask = Argument.of(parameters, *compat.MASK_NAMES)
-    outputs = compat.attention_outputs(module)
-    kept = KeptKeys.of(module, config) if is_causal else None
+        journal.add(module, _projection_name(i), projection.to(device, dtype))
     state = AttentionState(
         config,
         names,
         family.output,
-        hidden,
-        mask,
-        outputs,
+        Signature.of(module),
+        compat.attention_outputs(module),
         len(shapes),
         family.rotary,
-        kept,
+        KeyCache.of(module) if is_causal else None,
     )
     swap_class(module, LSGSelfAttention, state, journal)
 

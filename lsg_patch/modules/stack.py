@@ -19,90 +19,44 @@ from lsg_patch import compat
 from lsg_patch.attention import RelativeBias
 from lsg_patch.attention.compiling import is_compiling, is_traced_to_onnx
 from lsg_patch.attention.functional import seen_by
+from lsg_patch.compat import Args, Kwargs, Signature
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
-from lsg_patch.modules.arguments import Args, Argument, Kwargs
-from lsg_patch.modules.layout import (
-    Layout,
-    Packing,
-    enter,
-    lay_out,
-    leave,
-    packing_of,
-    with_globals_in_front,
-)
+from lsg_patch.modules.causal import change_heads, lay_out_step
+from lsg_patch.modules.layout import enter, leave, packing_of, with_globals_in_front
 from lsg_patch.modules.link import Link
 
 
 @dataclass(frozen=True)
-class FirstWord:
-    """The cls/bos token that the first token must be to be masked: an embedded input may differ."""
+class CheckInput:
+    """What a model, or an encoder that embeds its input, is given: checked before it runs.
 
-    words: str
-    token_id: int
-
-    def check(self, base: nn.Module, embeds: Tensor, mask: Tensor | None) -> None:
-        """Warn if no row of ``embeds`` (B, T, width) begins with it: that token would be hidden."""
-        if is_compiling() or embeds.is_meta or not embeds.numel():
-            return
-        row, at = torch.arange(len(embeds), device=embeds.device), torch.tensor(0)
-        if mask is not None and mask.dim() == 2:
-            at = mask.int().argmax(1)
-        first = embeds[row, at.to(row)]
-        token = torch.tensor([self.token_id], device=embeds.device)
-        with torch.no_grad():
-            word = base.get_submodule(self.words)(token).to(embeds)
-        if not torch.isclose(first, word).all(-1).any():
-            warnings.warn(
-                f"inputs_embeds begin with another row than the token {self.token_id}: the first token "
-                "is hidden from the others, a global token standing in for it. If it is a prompt or no "
-                "cls/bos token, patch with mask_first_token=False",
-                stacklevel=1,
-            )
-
-
-@dataclass(frozen=True)
-class EnterModel:
-    """Before the base model: checks its input and keeps the padding mask compact."""
+    Of a decoder (``is_causal``) the input may come after tokens that are in a cache. ``first_word`` is
+    the cls/bos token that the first token must be to be masked, and ``words`` the path of its table.
+    """
 
     config: LSGConfig
-    ids: Argument
-    embeds: Argument
-    mask: Argument
-    positions: Argument
-    head_mask: Argument
-    wants_attentions: Argument
-    four_dimensions: bool
-    needs_head_mask: bool
-    cache: Argument
-    first_word: FirstWord | None
+    call: Signature
+    words: str
+    first_word: int | None
+    is_causal: bool
 
-    def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        if compat.cached_length(self.cache.get(args, kwargs)):
+    def __call__(
+        self, base: nn.Module, args: Args, kwargs: Kwargs
+    ) -> tuple[Tensor | None, Tensor | None, int]:
+        """The ids (B, T), or what is given in their place, the padding mask (B, P + T), and P.
+
+        None for the first where the model itself has an error.
+        """
+        cached = compat.cached_length(self.call.get("past_key_values", args, kwargs))
+        if cached and not self.is_causal:
             raise ValueError(
                 "past_key_values: an encoder that is patched takes no keys from outside, so prefix "
                 "tuning is not supported; use LoRA, IA3 or prompt tuning, or unpatch_model(model)"
             )
-        given = self.checked_input(base, args, kwargs)
-        if given is None:
-            return args, kwargs  # the model itself has an error for this
-        if self.needs_head_mask:
-            # of no effect but to keep the padding mask compact: the patched layers do not read it
-            args, kwargs = self.head_mask.put(torch.ones(1, device=given.device), args, kwargs)
-        mask = self.checked_mask(given, args, kwargs)
-        if mask is None:
-            return args, kwargs
-        if self.four_dimensions:
-            mask = mask[:, None, None, :].to(torch.bool)
-        return self.mask.put(mask, args, kwargs)
-
-    def checked_input(
-        self, base: nn.Module, args: Args, kwargs: Kwargs, cached: int = 0
-    ) -> Tensor | None:
-        """The ids (B, T), or what is given in their place, after ``cached`` tokens."""
-        if self.head_mask.get(args, kwargs) is not None:
+        if self.call.get("head_mask", args, kwargs) is not None:
             raise ValueError("head_mask is not supported while a model is patched: pass None")
-        if wants(self.wants_attentions, base, args, kwargs):
+        if wants_attentions(self.call, base, args, kwargs):
             warnings.warn(
                 "output_attentions: a model patched by lsg_patch computes no (T, T) attention maps; "
                 "attentions are None",
@@ -114,31 +68,51 @@ class EnterModel:
                 "its example: pass dynamo=True, which gives one program for all sizes",
                 stacklevel=1,
             )
-        given: Tensor | None = self.ids.get(args, kwargs)
+        given, mask = input_of(self.call, args, kwargs), self.call.get(self.call.mask, args, kwargs)
         if given is None:
-            given = self.embeds.get(args, kwargs)
-            if given is not None and self.first_word is not None:
-                self.first_word.check(base, given, self.mask.get(args, kwargs))
-        if given is not None:
-            has_positions = self.positions.get(args, kwargs) is not None
-            self._check_length(given.shape[1], has_positions, cached)
-        return given
+            return None, None, cached
+        if self.first_word is not None and self.call.get("input_ids", args, kwargs) is None:
+            self._check_first_word(base, given, mask, self.first_word)
+        has_positions = self.call.get("position_ids", args, kwargs) is not None
+        self._check_length(given.shape[1], has_positions, cached)
+        return given, self._checked_mask(mask, given.shape[0], cached + given.shape[1]), cached
 
-    def checked_mask(
-        self, given: Tensor, args: Args, kwargs: Kwargs, cached: int = 0
-    ) -> Tensor | None:
-        """The padding mask (B, cached + T) of the input that is ``given``, if there is one."""
-        mask = self.mask.get(args, kwargs)
-        batch, length = given.shape[0], cached + given.shape[1]
+    def _checked_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         if mask is None:
             return None
+        if self.is_causal and mask.dim() == 4:
+            raise ValueError(
+                "attention_mask has four dimensions: generate makes such a one for a static cache, which "
+                "a patched model has no use for; leave cache_implementation out"
+            )
         if mask.dim() != 2 or mask.shape[1] != length or mask.shape[0] not in (1, batch):
             raise ValueError(
                 f"attention_mask must be (B, T) = {(batch, length)}, 1 for tokens and 0 for padding, "
                 f"while a model is patched, not of shape {tuple(mask.shape)}"
             )
         seen_by(mask, "attention_mask")
-        return mask.expand(batch, length)  # type: ignore[no-any-return]
+        return mask.expand(batch, length)
+
+    def _check_first_word(
+        self, base: nn.Module, embeds: Tensor, mask: Tensor | None, token_id: int
+    ) -> None:
+        """Warn if no row of ``embeds`` (B, T, width) begins with it: that token would be hidden."""
+        if is_compiling() or embeds.is_meta or not embeds.numel():
+            return
+        row, at = torch.arange(len(embeds), device=embeds.device), torch.tensor(0)
+        if mask is not None and mask.dim() == 2:
+            at = mask.int().argmax(1)
+        first = embeds[row, at.to(row)]
+        token = torch.tensor([token_id], device=embeds.device)
+        with torch.no_grad():
+            word = base.get_submodule(self.words)(token).to(embeds)
+        if not torch.isclose(first, word).all(-1).any():
+            warnings.warn(
+                f"inputs_embeds begin with another row than the token {token_id}: the first token "
+                "is hidden from the others, a global token standing in for it. If it is a prompt or no "
+                "cls/bos token, patch with mask_first_token=False",
+                stacklevel=1,
+            )
 
     def _check_length(self, length: int, has_positions: bool, cached: int) -> None:
         config, total = self.config, cached + length
@@ -156,28 +130,58 @@ class EnterModel:
             )
 
 
+def input_of(call: Signature, args: Args, kwargs: Kwargs) -> Any:
+    """The ids (B, T) of a call, or embedded words (B, T, width)."""
+    ids = call.get("input_ids", args, kwargs)
+    return call.get("inputs_embeds", args, kwargs) if ids is None else ids
+
+
+@dataclass(frozen=True)
+class EnterModel:
+    """Before the base model: checks its input and keeps the padding mask compact.
+
+    ``cross_mask`` does so with the mask over an encoder's states, in a decoder.
+    """
+
+    check: CheckInput
+    carrier: compat.MaskCarrier
+    cross_mask: compat.CrossMask | None
+
+    def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        call = self.check.call
+        given, mask, cached = self.check(base, args, kwargs)
+        if given is None:
+            return args, kwargs
+        if mask is None and self.check.is_causal:
+            # of no mask a decoder would make a quadratic one
+            mask = torch.ones(given.shape[0], cached + given.shape[1], device=given.device)
+        changed = self.carrier.pack(call, mask, given.device)
+        if self.cross_mask is not None:
+            states = call.get("encoder_hidden_states", args, kwargs)
+            over_states = call.get("encoder_attention_mask", args, kwargs)
+            if states is not None and over_states is not None:
+                compact = self.cross_mask.of_one_query(base.config, over_states, states)
+                changed["encoder_attention_mask"] = compact
+        return call.put(changed, args, kwargs)
+
+
 @dataclass(frozen=True)
 class GivePositions:
     """Before a base model that turns positions itself: those of the global tokens as well."""
 
-    positions: Argument
-    ids: Argument
-    embeds: Argument
-    mask: Argument
+    call: Signature
     of_globals: tuple[int, ...]
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        given = self.ids.get(args, kwargs)
-        given = self.embeds.get(args, kwargs) if given is None else given
+        given = input_of(self.call, args, kwargs)
         if given is None:
             return args, kwargs  # the model itself has an error for this
-        tokens = self.positions.get(args, kwargs)
+        tokens = self.call.get("position_ids", args, kwargs)
         if tokens is None:
             tokens = torch.arange(given.shape[1], device=given.device)[None]
-        mask = as_padding_mask(self.mask.get(args, kwargs))
-        return self.positions.put(
-            with_globals_in_front(tokens, mask, self.of_globals), args, kwargs
-        )
+        mask = compat.padding_mask(self.call.get(self.call.mask, args, kwargs))
+        positions = with_globals_in_front(tokens, mask, self.of_globals)
+        return self.call.put({"position_ids": positions}, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -201,12 +205,15 @@ class GlobalTokens:
     """Global tokens for embedded ones, having passed what a word passes.
 
     Where the words of a row are scaled otherwise than usual, its global tokens are as well, but for
-    what they have of a position: the rows ``places`` of the table ``positions``.
+    what they have of a position: the rows ``places`` of the table ``positions``. The modules of
+    ``path`` are in the ``embeddings`` of the base model, which has the ``projection`` too, if any.
     """
 
+    embeddings: str
     path: tuple[str, ...]
     positions: str | None
     places: tuple[int, ...]
+    projection: str | None
 
     def of(self, embeddings: Any, embedded: Tensor, ratio: Tensor | None = None) -> Tensor:
         """(B, g, width) for ``embedded`` (B, T0, width), words being scaled ``ratio`` (B, 1, 1) times."""
@@ -222,6 +229,22 @@ class GlobalTokens:
             rows = rows if module is None else module(rows)
         return rows
 
+    def prepend(self, base: nn.Module, embedded: Tensor) -> Tensor:
+        """(B, g + T0, width) of ``embedded`` (B, T0, width).
+
+        They are those noted on the tensor, or, if a caller replaced it or calls the stack alone, those
+        of any input.
+        """
+        rows, differentiable = getattr(embedded, NOTE, (None, None))
+        if rows is not None and not is_compiling():
+            delattr(embedded, NOTE)  # a tensor that is used again must not carry an old note
+        if rows is None or differentiable != torch.is_grad_enabled():
+            embeddings: Any = base.get_submodule(self.embeddings)
+            rows = self.of(embeddings.lsg_self.module, embedded)
+            if self.projection is not None:
+                rows = getattr(base, self.projection)(rows)
+        return torch.cat([rows.to(embedded), embedded], dim=1)
+
 
 @dataclass(frozen=True)
 class NoteGlobals:
@@ -232,12 +255,12 @@ class NoteGlobals:
     """
 
     tokens: GlobalTokens
-    ids: Argument
-    mask: Argument
+    call: Signature
     word_scale: Callable[[Any, Tensor | None, Tensor | None], Tensor | float]
 
     def __call__(self, embeddings: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
-        scale = self.word_scale(embeddings, self.ids.get(args, kwargs), self.mask.get(args, kwargs))
+        ids, mask = (self.call.get(x, args, kwargs) for x in ("input_ids", self.call.mask))
+        scale = self.word_scale(embeddings, ids, mask)
         ratio = None
         if isinstance(scale, Tensor):
             ratio = scale / self.word_scale(embeddings, None, None)
@@ -278,76 +301,65 @@ def carry_globals(projection: nn.Module, args: Args, output: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class PrependGlobals:
-    """Prepend global tokens to embedded ones: those noted on the tensor, or, if a caller replaced the
-    tensor or calls the stack alone, those of any input.
-    """
-
-    tokens: GlobalTokens
-    embeddings: str
-    projection: str | None
-
-    def __call__(self, base: nn.Module, embedded: Tensor) -> Tensor:
-        """(B, g + T0, width) of ``embedded`` (B, T0, width)."""
-        rows, differentiable = getattr(embedded, NOTE, (None, None))
-        if rows is not None and not is_compiling():
-            delattr(embedded, NOTE)  # a tensor that is used again must not carry an old note
-        if rows is None or differentiable != torch.is_grad_enabled():
-            embeddings: Any = base.get_submodule(self.embeddings)
-            rows = self.tokens.of(embeddings.lsg_self.module, embedded)
-            if self.projection is not None:
-                rows = getattr(base, self.projection)(rows)
-        return torch.cat([rows.to(embedded), embedded], dim=1)
-
-
-@dataclass(frozen=True)
 class CompactMask:
     """Before embeddings that read the padding mask: (B, T), as they do unpatched."""
 
-    mask: Argument
+    call: Signature
 
     def __call__(self, embeddings: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        mask = as_padding_mask(self.mask.get(args, kwargs))
-        return (args, kwargs) if mask is None else self.mask.put(mask, args, kwargs)
+        mask = compat.padding_mask(self.call.get(self.call.mask, args, kwargs))
+        return (
+            (args, kwargs) if mask is None else self.call.put({self.call.mask: mask}, args, kwargs)
+        )
 
 
 @dataclass(frozen=True)
 class EnterStack:
     """Before the layer stack: global tokens come in, hidden states and the mask are laid out.
 
-    With ``rotary`` positions their rotation is as well, which the base model hands to the stack as
-    ``rotation``, or which is made here. ``relative_bias`` gives the table of a ``RelativeBias``, of
-    the stack; ``of_globals`` are the positions of the global tokens.
+    With ``rotary`` positions their rotation is as well, which the base model hands to the stack, or
+    which is made here. ``relative_bias`` gives the table of a ``RelativeBias``, of the stack;
+    ``of_globals`` are the positions of the global tokens.
     """
 
     config: LSGConfig
-    prepend: PrependGlobals | None
-    hidden: Argument
-    mask: Argument
-    rotation: Argument
+    call: Signature
+    tokens: GlobalTokens | None
     rotary: Rotary | None
     relative_bias: Callable[[Any], Tensor] | None
     of_globals: tuple[int, ...]
+    is_causal: bool
 
     def __call__(self, stack: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        hidden = self.hidden.get(args, kwargs)
-        mask = as_padding_mask(self.mask.get(args, kwargs))
-        length = hidden.shape[1]
-        if mask is not None and mask.shape[1] != length:
+        call, first = self.call, self.call.names[0]
+        hidden, mask = (call.get(name, args, kwargs) for name in (first, call.mask))
+        carried = call.get("head_mask", args, kwargs) if self.is_causal else None
+        if self.is_causal and mask is None and carried is None:
             raise ValueError(
-                f"the layer stack got {length} hidden states and a mask of {mask.shape[1]} tokens: "
+                "the layer stack of a patched decoder got no mask, which its model makes: call the "
+                "whole model, or unpatch it"
+            )
+        mask, length = compat.padding_mask(mask, carried), hidden.shape[1]
+        seen = length if mask is None else mask.shape[1]
+        if seen != length and not self.is_causal:
+            raise ValueError(
+                f"the layer stack got {length} hidden states and a mask of {seen} tokens: "
                 "they must be as many"
             )
-        if self.prepend is not None:
-            hidden = self.prepend(stack.lsg_base.module, hidden)
+        if self.tokens is not None:
+            hidden = self.tokens.prepend(stack.lsg_base.module, hidden)
 
         def positions() -> Tensor:
-            tokens = torch.arange(length, device=hidden.device)[None]
-            return with_globals_in_front(tokens, mask, self.of_globals)
+            """Those of the global tokens, and of the last ``length`` of the tokens that are seen."""
+            tokens = torch.arange(seen, device=hidden.device)[None]
+            of_all = with_globals_in_front(tokens, mask, self.of_globals)
+            if seen == length:
+                return of_all
+            return torch.cat([of_all[:, : len(self.of_globals)], of_all[:, -length:]], dim=1)
 
         rotation = bias = None
         if self.rotary is not None:
-            given = self.rotation.get(args, kwargs)
+            given = call.get(compat.ROTATION, args, kwargs)
             if given is not None:  # every angle is there twice, for both elements of a pair
                 cos, sin = (part[..., : part.shape[-1] // 2] for part in given)
                 rotation = cos, sin
@@ -355,9 +367,15 @@ class EnterStack:
                 rotation = self.rotary.rotation(stack, positions())
         if self.relative_bias is not None:
             bias = RelativeBias(self.relative_bias(stack), positions())
-        hidden, layout = enter(hidden, mask, self.config, rotation, bias)
-        args, kwargs = self.hidden.put(hidden, args, kwargs)
-        return self.mask.put(layout, args, kwargs)
+        if seen == length:
+            hidden, layout = enter(hidden, mask, self.config, rotation, bias)
+        else:
+            layout = lay_out_step(mask, length, self.config, hidden.device)
+            layout = layout._replace(rotation=rotation)
+        changed = {first: hidden, call.mask: layout}
+        if carried is not None:
+            changed["head_mask"] = None  # cross attention has no use for it
+        return call.put(changed, args, kwargs)
 
 
 def leave_out(*args: Any, **kwargs: Any) -> None:
@@ -366,119 +384,79 @@ def leave_out(*args: Any, **kwargs: Any) -> None:
 
 @dataclass(frozen=True)
 class LeaveStack:
-    """After the layer stack: its output, and hidden states that it collected, in the input's order."""
+    """After the layer stack: its output, and what it collected, in the input's order."""
 
-    mask: Argument
-    collects_hidden_states: bool
+    call: Signature
 
     def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        layout = self.mask.get(args, kwargs)
-
-        def give_back(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return leave(value, layout)
-            if self.collects_hidden_states and _are_hidden_states(value):
-                return tuple(None if x is None else leave(x, layout) for x in value)
-            return value
-
-        return map_output(output, give_back)
+        layout = self.call.get(self.call.mask, args, kwargs)
+        return map_output(output, lambda x: given_back(x, lambda rows: leave(rows, layout)))
 
 
 @dataclass(frozen=True)
 class LeaveModel:
-    """After the base model: hidden states that its own hooks recorded inside the stack."""
+    """After the base model: what its own hooks recorded inside the stack, in the input's order."""
 
     config: LSGConfig
-    mask: Argument
-    wants_attentions: Argument
+    call: Signature
     num_layers: int
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        last = output[0]
+        last: Tensor = output[0]
         values = output if isinstance(output, tuple) else output.values()
-        layout = packing = None
-        if any(_are_hidden_states(value) for value in values):
-            mask = as_padding_mask(self.mask.get(args, kwargs))
-            layout = lay_out(mask, last.shape[1], self.config, last.device)
+        if any(_are_recorded(value) for value in values):
+            mask = compat.padding_mask(self.call.get(self.call.mask, args, kwargs))
+            layout = lay_out_step(mask, last.shape[1], self.config, last.device)
             packing = packing_of(mask, self.config)
-        return self.with_layout(layout, base, args, kwargs, output, packing)
 
-    def with_layout(
-        self,
-        layout: Layout | None,
-        base: nn.Module,
-        args: Args,
-        kwargs: Kwargs,
-        output: Any,
-        packing: Packing | None = None,
-    ) -> Any:
-        """``output`` of a model whose input lay in the stack as ``layout`` or ``packing`` says; None
-        where it has no hidden states.
-        """
-        last = output[0]
-
-        def given_back(x: Tensor) -> Tensor:
-            assert layout is not None
-            # a stack that is compiled by itself is not packed: the states themselves tell
-            if packing is not None and x.shape[:2] == (1, len(packing.taken)):
-                return leave(x, packing.layout)
-            return leave(x, layout)
-
-        def give_back(value: Any) -> Any:
-            if _are_hidden_states(value):
+            def in_order(rows: Tensor) -> Tensor:
                 # the last one was replaced by the output, which has left the stack already
-                return tuple(x if x is None or x is last else given_back(x) for x in value)
-            return value
+                if rows is last:
+                    return rows
+                # a stack that is compiled by itself is not packed: the states themselves tell
+                if packing is not None and rows.shape[:2] == (1, len(packing.taken)):
+                    return leave(rows, packing.layout)
+                return leave(rows, layout)
 
-        if layout is not None:
-            output = map_output(output, give_back)
-        if not isinstance(output, tuple) and wants(self.wants_attentions, base, args, kwargs):
+            output = map_output(
+                output, lambda x: x if isinstance(x, Tensor) else given_back(x, in_order)
+            )
+        if not isinstance(output, tuple) and wants_attentions(self.call, base, args, kwargs):
             output["attentions"] = (None,) * self.num_layers
         return output
 
 
-def wants(argument: Argument, base: nn.Module, args: Args, kwargs: Kwargs) -> bool:
-    """Whether an output was asked for, in the call or else in the model's config."""
-    value = argument.get(args, kwargs)
-    return bool(getattr(base.config, argument.name, False) if value is None else value)
+def wants_attentions(call: Signature, owner: nn.Module, args: Args, kwargs: Kwargs) -> bool:
+    """Whether they were asked for, in the call or else in the model's config."""
+    asked = call.get("output_attentions", args, kwargs)
+    return bool(getattr(owner.config, "output_attentions", False) if asked is None else asked)
 
 
-def as_padding_mask(mask: Tensor | None) -> Tensor | None:
-    """(B, T), True for tokens, of a mask as models hand them to their layers.
+def given_back(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` of an output, with ``change`` applied to what has rows of the stack.
 
-    It is (B, T), 1 for tokens, or (B, 1, 1 or T, T), boolean or to be added to scores.
+    These are hidden states (B, N, width), a lone one or several, and maps (B, H, N, S) over the states
+    of an encoder, the only ones that there are.
     """
-    if mask is None:
-        return None
-    if mask.dim() != 4:
-        return mask.to(torch.bool)
-    mask = mask[:, 0, -1]
-    return mask > -1 if mask.is_floating_point() else mask.to(torch.bool)
-
-
-def map_hidden_states(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``change`` applied to every hidden state of an encoder's output, lone or among others."""
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return change(value)
-        if _are_hidden_states(value):
-            return tuple(None if x is None else change(x) for x in value)
+    if isinstance(value, Tensor):
+        return change(value)
+    if not _are_recorded(value):
         return value
+    return tuple(
+        x if x is None else change(x) if x.dim() == 3 else change_heads(x, change) for x in value
+    )
 
-    return map_output(output, changed)
 
-
-def _are_hidden_states(value: Any) -> bool:
+def _are_recorded(value: Any) -> bool:
     # None: a hidden state that was not requested (5.23 takes a list of layers)
     return (
         isinstance(value, (tuple, list))
         and any(x is not None for x in value)
-        and all(x is None or (isinstance(x, Tensor) and x.dim() == 3) for x in value)
+        and all(x is None or (isinstance(x, Tensor) and x.dim() in (3, 4)) for x in value)
     )
 
 
-def map_output(output: Any, change: Any) -> Any:
+def map_output(output: Any, change: Callable[[Any], Any]) -> Any:
     """``change`` applied to the values of a model output, of a tuple, or of a lone tensor."""
     if isinstance(output, Tensor):
         return change(output)
