@@ -226,7 +226,6 @@ def enter(
     config: LSGConfig,
     rotation: tuple[Tensor, Tensor] | None = None,
     bias: RelativeBias | None = None,
-    pool: bool = True,
 ) -> tuple[Tensor, Layout]:
     """``hidden`` (B, g + T0, width), as the embeddings gave it, laid out for the stack.
 
@@ -241,7 +240,7 @@ def enter(
     num_global = config.num_global_tokens
     length = hidden.shape[1] - num_global
     placement = place(mask, length, config, hidden.device)
-    layout = _layout(mask, length, config, placement, pool)
+    layout = _layout(mask, length, config, placement)
 
     def laid_out(x: Tensor) -> Tensor:
         """Of (1 or B, g + T0, n): (1 or B, g + T, n)."""
