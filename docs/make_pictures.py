@@ -54,18 +54,18 @@ def cost() -> None:
 def quality() -> None:
     """MRR of source B by one vector and by many, of `benchmarks/results/quality.json`."""
     found = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text("utf-8"))
-    rows = [row for row in found["rows"] if row["queries"] == "passage" and row["vectors"] < 32]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
-    for number, panel in zip((1, 8, 16), axes, strict=True):
+    rows = [row for row in found["rows"] if row["queries"] == "passage"]
+    figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    for number, panel in zip((1, 8, 16, 32), axes.flat, strict=True):
         own = [row for row in rows if row["vectors"] == number]
         for place, row in enumerate(own):
             middle, low, high = row["B"]
             is_ours = "chunks" not in row["reading"] and "full" not in row["reading"]
             colour = "#4c72b0" if is_ours else "#bdbdbd"
             panel.barh(place, middle, xerr=[[middle - low], [high - middle]], color=colour)
-            panel.text(0.41, place, row["reading"], va="center", fontsize=9)
-        panel.set(title=f"{number} vector{'s' * (number > 1)} a document", xlim=(0.4, 1.0))
-        panel.set(xlabel="MRR, with 95% intervals", yticks=[])
+        panel.set_title(f"{number} vector{'s' * (number > 1)} a document", fontsize=13)
+        panel.set_yticks(range(len(own)), [row["reading"] for row in own], fontsize=12)
+        panel.set(xlim=(0.4, 1.0), xlabel="MRR, with 95% intervals")
         panel.invert_yaxis()
     figure.savefig(PICTURES / "quality.png", dpi=110)
 
