@@ -56,14 +56,16 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split
 __all__ = sorted(_ROOM_OF)
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, or one of the rooms (PEP 562)."""
-    if name in _ROOMS:
-        return import_module(f"{__name__}.{name}")
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
-    return found
+if not TYPE_CHECKING:  # to a type checker every name would be there then
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or one of the rooms (PEP 562)."""
+        if name in _ROOMS:
+            return import_module(f"{__name__}.{name}")
+        if name not in _ROOM_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+        return found
 
 
 def __dir__() -> list[str]:

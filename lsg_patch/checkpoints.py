@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 import transformers
 import wrapt
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsg_patch import compat
 from lsg_patch.config import KEY, LSGConfig, SavedPatch
@@ -26,6 +26,7 @@ from lsg_patch.published import as_ours, is_published
 from lsg_patch.weights import OF_SOURCE, Source
 
 logger = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded", bound=nn.Module)
 _INFO = "output_loading_info"
 # keywords of a load that configs have attributes of too
 _OF_THE_LOAD = ("torch_dtype", "dtype", "attn_implementation", "quantization_config")
@@ -45,6 +46,29 @@ class Request:
 _one_at_a_time = threading.RLock()
 # of a from_pretrained of ours that is under way
 _request: ContextVar[Request | None] = ContextVar("lsg_patch request", default=None)
+
+
+@overload
+def from_pretrained(
+    path: str | os.PathLike[str],
+    cls: Any = None,
+    *,
+    output_loading_info: Literal[True],
+    tokenizer: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]: ...
+
+
+@overload
+def from_pretrained(
+    path: str | os.PathLike[str], cls: type[Loaded], *, tokenizer: Any = None, **kwargs: Any
+) -> Loaded: ...
+
+
+@overload
+def from_pretrained(
+    path: str | os.PathLike[str], cls: Any = None, *, tokenizer: Any = None, **kwargs: Any
+) -> Any: ...
 
 
 def from_pretrained(

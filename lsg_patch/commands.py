@@ -246,6 +246,8 @@ def plot(
     from lsg_patch.config import LSGConfig
     from lsg_patch.patching import patch_model
 
+    if not out.suffix:  # matplotlib would choose one, and write beside a folder of this name
+        raise ValueError(f"out={str(out)!r} is no name of a picture: let it end in .png or .svg")
     config = LSGConfig(max_position_embeddings=max(length, 4096), **settings)
     if cost:
         axes = plots.plot_cost(config, [2**n for n in range(7, 17)])
@@ -255,7 +257,8 @@ def plot(
             of, tokenizer = _load(model)
             patch_model(of, config, tokenizer=tokenizer)
         axes = plots.plot_pattern(of, length, layer, head, query)
-    axes.figure.savefig(out, dpi=160, bbox_inches="tight")
+    figure: Any = axes.figure
+    figure.savefig(out, dpi=160, bbox_inches="tight")
     print(out)
 
 

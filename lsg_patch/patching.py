@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -352,6 +352,14 @@ def _tables_to_train(base: nn.Module, patch: Patch, new: bool) -> tuple[list[nn.
     return tables, offset + known
 
 
+def _with_arguments_of(
+    patch: Callable[Arguments, Result],
+) -> Callable[[Callable[..., Any]], Callable[Arguments, AbstractContextManager[Result]]]:
+    """What type checkers are told of a ``with`` block: it takes what ``patch`` takes."""
+    return lambda block: block
+
+
+@_with_arguments_of(patch_model)
 @contextmanager
 def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
     """A patch for the time of a ``with`` block; leaving it reverts, also by an exception.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from lsg_patch.costs import scores
 from lsg_patch.families import find_base, find_modules
 from lsg_patch.holders import Holder, module_of
 from lsg_patch.patching import get_config
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # what a query and a key are to each other, by the number in a pattern
 KINDS = ("not seen", "local", "sparse", "global", "hidden")
@@ -134,8 +137,8 @@ def plot_pattern(
     query: int | None = None,
     *,
     input_ids: Tensor | None = None,
-    axes: Any = None,
-) -> Any:
+    axes: Axes | None = None,
+) -> Axes:
     """Draw who attends to whom: queries downwards, keys to the right, the global tokens first.
 
     Args:
@@ -178,7 +181,7 @@ def plot_pattern(
     return axes
 
 
-def plot_cost(config: LSGConfig, lengths: Sequence[int], *, axes: Any = None) -> Any:
+def plot_cost(config: LSGConfig, lengths: Sequence[int], *, axes: Axes | None = None) -> Axes:
     """Draw the scores that a head computes against the length: operations and memory grow with them.
 
     Returns:
@@ -199,11 +202,11 @@ def plot_cost(config: LSGConfig, lengths: Sequence[int], *, axes: Any = None) ->
     return axes
 
 
-def _axes(given: Any) -> Any:
+def _axes(given: Axes | None) -> Axes:
     if given is not None:
         return given
-    _, axes = _matplotlib("pyplot").subplots(figsize=(5, 5), layout="constrained")
-    return axes
+    made: Axes = _matplotlib("pyplot").subplots(figsize=(5, 5), layout="constrained")[1]
+    return made
 
 
 def _matplotlib(name: str) -> Any:

@@ -103,6 +103,8 @@ def test_every_setting_is_an_option_and_explained(capsys: Any, monkeypatch: Any)
         ["plot", "OUT.png", "--head", "9"],
         ["plot", "OUT.png", "--length", "64", "--query", "64"],
         ["plot", "OUT.of-no-kind"],
+        ["plot", "OUT"],
+        ["plot", "CHECKPOINT"],  # a folder
         ["bench", "CHECKPOINT", "--length", "0"],
         ["tune", "CHECKPOINT"],
         ["tune", "CHECKPOINT", "--file", "/no/such/file"],
@@ -157,12 +159,13 @@ def test_bench(checkpoint: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--model", "CHECKPOINT"], ["--cost"]], ids=str)
-def test_plot(checkpoint: Path, tmp_path: Path, more: list[str]) -> None:
+def test_plot(checkpoint: Path, tmp_path: Path, more: list[str], capsys: Any) -> None:
     own = [checkpoint if argument == "CHECKPOINT" else argument for argument in more]
     out = tmp_path / "picture.png"
     arguments = ("--length", 60, "--block-size", 8, "--sparse-block-size", 8)
     assert run("plot", out, *own, *arguments) == 0
     assert out.read_bytes()[:4] == b"\x89PNG"
+    assert capsys.readouterr().out == f"{out}\n"
 
 
 def test_defaults_of_the_demo_are_those_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

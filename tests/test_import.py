@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 
 import pytest
 
 import lsg_patch
+from tests.typed.check import USER
 
 
 def test_every_public_name_is_there() -> None:
@@ -15,6 +17,16 @@ def test_every_public_name_is_there() -> None:
         assert getattr(lsg_patch, name).__name__ == name
     assert set(lsg_patch.__all__) <= set(dir(lsg_patch))
     assert "patch_model" in lsg_patch.__all__
+
+
+def test_types_are_checked_of_every_public_name() -> None:
+    """By `tox -e release`, where the wheel is installed."""
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(USER.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "lsg_patch"
+    }
+    assert used >= set(lsg_patch.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

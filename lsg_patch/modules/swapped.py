@@ -13,6 +13,7 @@ that forward, which reaches the mixin by ``super()``:
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -36,26 +37,33 @@ class Swapped(nn.Module):
         return _blank, (self.mixin, self.original), self.__dict__.copy()
 
 
-_CLASSES: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
+_one_at_a_time = threading.RLock()
 
 
 def swapped_class(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``cls`` that has the ``mixin``; always the same one."""
-    if (mixin, cls) not in _CLASSES:
-        bases: tuple[type[nn.Module], ...] = (mixin, cls)
-        if compat.is_overridden(cls):
-            bases = (cls, swapped_class(mixin, compat.own_class(cls)))
-        # transformers records outputs by the name of a class and of its module
-        name = mixin.prefix + cls.__name__
-        attributes = {
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__.removesuffix(cls.__name__) + name,
-            "mixin": mixin,
-            "original": cls,
-        }
-        made = type(name, bases, attributes)
-        _CLASSES.setdefault((mixin, cls), made)
-    return _CLASSES[mixin, cls]
+    """The subclass of ``cls`` that has the ``mixin``; the same one as long as anything is of it."""
+    with _one_at_a_time:
+        return _swapped_class(mixin, cls)  # type: ignore[arg-type]  # a class can be hashed
+
+
+# some are kept though nothing is of them: what is compiled fits a model that is patched again
+@functools.lru_cache(maxsize=256)
+def _swapped_class(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
+    for made in cls.__subclasses__():
+        if (vars(made).get("mixin"), vars(made).get("original")) == (mixin, cls):
+            return made
+    bases: tuple[type[nn.Module], ...] = (mixin, cls)
+    if compat.is_overridden(cls):
+        bases = (cls, swapped_class(mixin, compat.own_class(cls)))
+    # transformers records outputs by the name of a class and of its module
+    name = mixin.prefix + cls.__name__
+    attributes = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__.removesuffix(cls.__name__) + name,
+        "mixin": mixin,
+        "original": cls,
+    }
+    return type(name, bases, attributes)
 
 
 def swap_class(module: nn.Module, mixin: type[Swapped], state: Any, journal: Journal) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import random
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import lsg_patch
 from lsg_patch.attention.geometry import _runs
-from lsg_patch.modules.swapped import _CLASSES
+from lsg_patch.modules.swapped import Swapped, _swapped_class, swapped_class
 from tests.models import tiny_model
 from tests.tokenizers import tokenizer_like
 
@@ -103,9 +105,30 @@ def test_what_is_kept_is_bounded() -> None:
     for _ in range(3):
         with lsg_patch.patched(model, tokenizer=tokenizer_like(), **SETTINGS), torch.no_grad():
             model(torch.ones(1, 50, dtype=torch.long))
-        assert before in (None, len(_CLASSES))
-        before = len(_CLASSES)
+        made = _swapped_class.cache_info().misses
+        assert before in (None, made)
+        before = made
     info = _runs.cache_info()
     assert info.maxsize is not None and info.currsize <= info.maxsize
     assert lsg_patch.attention.backends.flex.plan_of.cache_info().maxsize is not None
     assert lsg_patch.attention.backends.flex.compiled.cache_info().maxsize is not None
+
+
+def test_classes_of_the_users_own_go_with_their_models() -> None:
+    """All but some, which are kept so that what is compiled fits a model that is patched again."""
+    first = type("First", (transformers.BertModel,), {})
+    model = tiny_model("bert", first, num_hidden_layers=1)
+    lsg_patch.patch_model(model, tokenizer=tokenizer_like(), **SETTINGS)
+    patched, gone = type(model), []
+    kept = _swapped_class.cache_info().maxsize
+    assert kept is not None
+    for _ in range(kept + 50):
+        own = type("Own", (torch.nn.Linear,), {})
+        swapped_class(Swapped, own)
+        gone.append(weakref.ref(own))
+    del own
+    gc.collect()
+    assert sum(x() is not None for x in gone) <= kept
+    # a class that is in use is the same after so many others
+    assert type(copy.deepcopy(model)) is patched
+    assert type(lsg_patch.unpatch_model(model)) is first
