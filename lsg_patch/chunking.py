@@ -82,14 +82,14 @@ def chunk_embeddings(
 
     Each chunk has seen what is around it, up to the model's length: patched, or its own. Longer texts
     are read in windows that overlap by a quarter; each token's state is that of the window in which it
-    stands farthest from an end. The special tokens around a text belong to its first and its last
+    is farthest from an end. The special tokens around a text belong to its first and its last
     chunk: a text of one chunk has the model's plain mean embedding, and the means of chunks without
     overlap, weighted by their tokens, make that of the text.
 
     Args:
         model: a model of a supported family, patched or not, or a ``SentenceTransformer``, whose pooling
             must be a mean; what comes after it there (a dense layer, a normalisation) is applied.
-        tokenizer: a fast one, which knows where its tokens stand. None: the one that ``model`` holds.
+        tokenizer: a fast one, which gives the offsets of tokens. None: the one that ``model`` holds.
         chunk_tokens: a chunk's tokens, at most, special ones not counted.
         overlap: tokens, at most, that a chunk has of the one before it.
         boundaries: "tokens": chunks of ``chunk_tokens``. "sentences": whole sentences, as many as fit,
@@ -142,8 +142,8 @@ def _check(
         )
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"tokenizer is a {type(tokenizer).__name__}, and only fast tokenizers say where tokens stand "
-            "in a text: pass AutoTokenizer.from_pretrained(..., use_fast=True)"
+            f"tokenizer is a {type(tokenizer).__name__}, and only fast tokenizers give offsets "
+            "of tokens: pass AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
 
 

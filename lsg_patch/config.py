@@ -48,7 +48,7 @@ class LSGConfig:
             used at, by the ``max_seq_length`` of what holds it or its tokenizer's
             ``model_max_length``; in the settings of the patched model it is that number.
         mask_first_token: hide the first real token of each row from the others, the first global
-            token standing in for it. None: what suits the model's family.
+            token replacing it. None: what suits the model's family.
         pool_with_global: give the first global token's output as the first real token's. In a decoder
             only where that token is masked: global tokens see none of its tokens.
         adaptive: take any length; False: beyond two blocks, no multiple of the block is an error.
@@ -123,7 +123,7 @@ class LSGConfig:
         check_backend(self.backend)
         if self.mask_first_token and self.num_global_tokens == 0:
             raise ValueError(
-                "mask_first_token=True with num_global_tokens=0: no global token stands in for the "
+                "mask_first_token=True with num_global_tokens=0: no global token replaces the "
                 "first token; pass num_global_tokens=1 or mask_first_token=False"
             )
         if self.mask_first_token and not self.pool_with_global:
@@ -150,7 +150,7 @@ class LSGConfig:
         """These settings with ``mask_first_token=None`` replaced by what suits a family."""
         if self.mask_first_token is not None:
             return self
-        # without a global token there is nothing that could stand in for the first one
+        # without a global token there is nothing that could replace the first one
         masked = mask_first_token and self.num_global_tokens > 0
         return dataclasses.replace(self, mask_first_token=masked)
 

@@ -175,7 +175,7 @@ def _ids(stated: Any, tokenizer: Any, length: int) -> Tensor:
     """Ids (1, length) that are drawn, none of padding; the first is cls or bos where there is one."""
     ids = torch.randint(stated.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     ids[ids == stated.pad_token_id] = int(stated.pad_token_id == 0)
-    with suppress(ValueError):  # without such a token there are no global tokens to stand in for it
+    with suppress(ValueError):  # without such a token there are no global tokens to replace it
         ids[0, 0] = find_token_ids(stated, tokenizer, needs_mask=False)[0]
     return ids
 

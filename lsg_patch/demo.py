@@ -73,7 +73,7 @@ Spans = Callable[[str], list[tuple[int, int]]]
 
 
 def clean_pydoc(text: str) -> str:
-    """Drop what depends on the machine or stands in every page: paths, addresses, values."""
+    """Drop what depends on the machine or is on every page: paths, addresses, values."""
     sections = re.split(r"^(?=[A-Z][A-Z ]+$)", text, flags=re.MULTILINE)
     dropped = ("MODULE REFERENCE", "MODULE DOCS", "DATA", "FILE", "CREDITS")
     kept = "".join(s for s in sections if s.partition("\n")[0] not in dropped)
@@ -209,7 +209,7 @@ def measure(options: DemoOptions) -> dict[str, Any]:
     model, tokenizer = load_encoder(options.model or bundled_model())
     if not tokenizer.is_fast:
         raise ValueError(
-            f"--model {options.model}: its tokenizer does not say where tokens stand, name a model "
+            f"--model {options.model}: its tokenizer gives no offsets of tokens, name a model "
             "with a fast one"
         )
     config = LSGConfig(

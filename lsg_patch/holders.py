@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 # of an owner that hands a length to its tokenizer; as properties they are the tokenizer's own limit
 OWN_LIMITS = ("max_seq_length", "max_length")
-# lengths that somebody chose for one use, and the dictionaries in which they may stand
+# lengths that a user chose for one use, and the dictionaries that may hold them
 CHOSEN = ("max_length", "max_seq_len", "document_length", "query_length")
 CHOSEN_IN = ("_preprocess_params", "processing_kwargs", "tokenizer_kwargs", "text", "common")
 
@@ -107,7 +107,7 @@ def set_limits(
 
 def stated_limit(owners: list[Any], tokenizer: Any, most: int) -> tuple[int, str] | None:
     """The least number of tokens, up to ``most``, at which ``owners`` or a ``tokenizer`` truncate, and
-    in words where it stands.
+    in words where it is set.
     """
     stated = (
         (getattr(target, name), f"the {name} of {type(owner).__name__}")

@@ -64,7 +64,9 @@ def pattern(
     found[seen] = KINDS.index("sparse")
     found[seen & near] = KINDS.index("local")
     found[seen & ((block < 0) | (block < 0)[:, None])] = KINDS.index("global")
-    found[:, ~seen.any(0)] = KINDS.index("hidden")  # the first token, where a global one stands in
+    found[:, ~seen.any(0)] = KINDS.index(
+        "hidden"
+    )  # the first token, where a global one replaces it
     return found
 
 

@@ -558,7 +558,7 @@ class TestRefusals:
             ({"num_global_tokens": -1}, "num_global_tokens"),
             ({"max_position_embeddings": 0}, "max_position_embeddings"),
             ({"pool_with_global": False}, "mask_first_token=False or pool_with_global=True"),
-            ({"mask_first_token": True, "num_global_tokens": 0}, "no global token stands in"),
+            ({"mask_first_token": True, "num_global_tokens": 0}, "no global token replaces"),
             ({"mask_first_token": 1}, "mask_first_token must be True or False"),
             ({"adaptive": "yes"}, "adaptive must be True or False"),
             ({"attention_probs_dropout_prob": 1.5}, r"must be in \[0, 1\)"),

@@ -109,7 +109,7 @@ class CheckInput:
         if not torch.isclose(first, word).all(-1).any():
             warnings.warn(
                 f"inputs_embeds begin with another row than the token {token_id}: the first token "
-                "is hidden from the others, a global token standing in for it. If it is a prompt or no "
+                "is hidden from the others, and a global token replaces it. If it is a prompt or no "
                 "cls/bos token, patch with mask_first_token=False",
                 stacklevel=1,
             )
