@@ -186,7 +186,7 @@ def convert(
     settings: dict[str, Any],
 ) -> None:
     """Save a checkpoint patched for long inputs, with its tokenizer."""
-    given = locals()
+    given = dict(locals())  # a copy: a debugger fills the frame's own again
     from lsg_patch.conversion import convert as convert_checkpoint
 
     _without_bars()
@@ -211,7 +211,7 @@ def export(
     settings: dict[str, Any],
 ) -> None:
     """Write a model as ONNX for all lengths, checked by onnxruntime."""
-    given = locals()
+    given = dict(locals())  # a copy: a debugger fills the frame's own again
     from lsg_patch.exporting import export_checkpoint
 
     _without_bars()
@@ -292,7 +292,7 @@ def tune(
         return
     title = f"{rows[0]['queries']} passages look for their texts, of {len(texts)}; intervals of 95%"
     _print_table(title, [tuning.cells(row) for row in rows])
-    print("\n".join(tuning.verdict(rows, has_tokenizer=hasattr(encoder, "encode"))))
+    print("\n".join(tuning.verdict(rows, has_tokenizer=tuning.is_sentence_transformer(encoder))))
 
 
 @app.command(epilog="Example: `lsg-patch bench roberta-base --length 1024 --length 4096`")

@@ -129,8 +129,9 @@ class MaskCarrier:
         """The arguments that ``mask`` (B, T) travels as."""
         given: Kwargs = {call.mask: mask if self.dims == 2 else None}
         if mask is not None and self.dims > 2:
-            between = [1] * (self.dims - 2)
-            given[call.mask] = mask.to(torch.bool).view(len(mask), *between, mask.shape[1])
+            # by indexing: a size of the mask would be fixed where it is exported or traced
+            between = [None] * (self.dims - 2)
+            given[call.mask] = mask.to(torch.bool)[(slice(None), *between)]
         if self.parts:
             carried = torch.ones(1, 1, device=device) if mask is None else mask
             expanded = carried[None, :, None, None, :].expand(self.parts, -1, -1, -1, -1)
@@ -303,7 +304,7 @@ def takes_shape(positions: nn.Module) -> bool:
 
 def one_position(given: Any) -> Any:
     """What such a table is to be given in place of that, for the first token alone."""
-    return torch.Size((given[0], 1)) if isinstance(given, torch.Size) else given[:, :1]
+    return torch.Size((given[0], 1)) if isinstance(given, tuple) else given[:, :1]
 
 
 def has_relative_positions(config: Any) -> bool:

@@ -110,7 +110,7 @@ class LeaveEncoder:
         layout = lay_out(mask, mask.shape[1], self.config, mask.device, pool=not keep)
         if keep:
             first = torch.arange(self.config.num_global_tokens, device=mask.device)
-            rows = torch.cat([first.expand(len(layout.rows), -1), layout.rows], dim=1)
+            rows = torch.cat([first.expand(layout.rows.shape[0], -1), layout.rows], dim=1)
             layout = layout._replace(rows=rows)
         output = map_output(output, lambda x: given_back(x, lambda rows: leave(rows, layout)))
         if not isinstance(output, tuple) and wants_attentions(self.call, encoder, args, kwargs):
@@ -137,11 +137,11 @@ class EnterDecoder:
             return args, kwargs
         length = states.shape[1] - num_global
         if mask is None:
-            mask = torch.ones(len(states), length, dtype=torch.long, device=states.device)
+            mask = torch.ones(states.shape[0], length, dtype=torch.long, device=states.device)
         if mask.dim() != 2 or mask.shape[1] != length:
             return args, kwargs  # made for these states already, or the decoder has an error for it
         if self.config.mask_first_token:
             first = mask.int().argmax(dim=1, keepdim=True)
             mask = mask.scatter(1, first, 0)
-        mask = torch.cat([mask.new_ones(len(mask), num_global), mask], dim=1)
+        mask = torch.cat([mask.new_ones(mask.shape[0], num_global), mask], dim=1)
         return self.call.put({"encoder_attention_mask": mask}, args, kwargs)

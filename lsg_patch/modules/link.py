@@ -42,7 +42,7 @@ def _holders(values: Sequence[Any], known: Sequence[nn.Module]) -> list[nn.Modul
     held = {
         id(x): x
         for x in gc.get_referrers(*values)
-        if type(x) is dict
+        if issubclass(type(x), dict)  # older torch has ordered ones
         and id(x) not in ours
         and all(issubclass(type(held), _CHILDREN) for held in list(x.values()))
     }
