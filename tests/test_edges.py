@@ -215,3 +215,15 @@ def test_the_table_is_given_tensors_as_other_modules_are() -> None:
             module.register_forward_pre_hook(lambda _, args: seen.append(args))
     run(model, ids_like(right_padded(60), "bert"), None)
     assert seen and all(isinstance(x, (Tensor, tuple)) for args in seen for x in args)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_fixes_neither_batch_nor_length() -> None:
+    """More of it, with torch.export and ONNX, is in tests/ecosystem/test_exporting.py."""
+    model, example, other = patched_model(), right_padded(41, 30), right_padded(57, 20, 3, 57, 12)
+    given = [(ids_like(mask, "bert"), mask) for mask in (example, other)]
+    with torch.no_grad():
+        model.config.return_dict = False
+        traced = torch.jit.trace(model, given[0], check_trace=False)
+        expected, found = (run_it(*given[1])[0] for run_it in (model, traced))
+    torch.testing.assert_close(found[other.bool()], expected[other.bool()], rtol=0, atol=1e-5)
