@@ -140,7 +140,11 @@ def is_sentence_transformer(model: Any) -> bool:
 
 
 def embedded(
-    model: Any, tokenizer: Any, texts: Sequence[str], chunk_tokens: int | None, role: str
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    chunk_tokens: int | None,
+    role: str = "document",
 ) -> Tensor:
     """A vector for each chunk of each text, (texts, chunks, width); the last ones may come twice.
 
