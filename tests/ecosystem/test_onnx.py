@@ -194,7 +194,7 @@ def test_an_exporter_that_fails_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*given: Any, **options: Any) -> Any:
-        raise NotImplementedError("no such operator\n\nand more")  # as torch says it
+        raise NotImplementedError("no such operator\n\nand more")  # reason: what torch raises
 
     monkeypatch.setattr(torch.onnx, "export", fails)
     said = "^BertModel cannot be exported with opset=20: no such operator$"
