@@ -135,6 +135,7 @@ def _record_on(owner: Any, journal: Journal) -> Journal:
     if own is None:
         own = Journal(owner)
         journal.record(Outside(own))
+        own.attach()
     return own
 
 

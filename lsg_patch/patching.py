@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -38,7 +39,7 @@ from lsg_patch.plan import (
     make_plan,
 )
 from lsg_patch.tokenizer import is_tokenizer
-from lsg_patch.undo import HookAdded, Journal, record_of, records_of
+from lsg_patch.undo import Journal, record_of, records_of
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module | Holder)
@@ -194,31 +195,31 @@ def patch_with(
             saved=SavedPatch(config, reach and min(reach, length), plan.bos_id).to_dict(),
         )
         try:
+            patch.attach()
             for model_config in plan.configs.values():
                 if saved is not None:
                     vars(model_config).pop(KEY, None)
                 patch.set_attribute(model_config, KEY, patch.saved)
             _apply(base, family, config, plan, patch)
             readable = None if stated is None else stated - plan.config_offset
-            limited = set_limits(owners, tokenizer, length, readable, patch)
+            # who loads a model that is patched, loads its tokenizer as well
+            if not set_limits(owners, tokenizer, length, readable, patch) and saved is None:
+                logger.warning(
+                    "no tokenizer was given, and the model holds none: its inputs may go on being "
+                    "truncated elsewhere, at a tokenizer's model_max_length; tokenizer= raises that to %d",
+                    length,
+                )
+            logger.info(
+                "patched %s: %d attention modules, %d positions, %d global tokens",
+                type(base).__name__,
+                len(plan.attentions),
+                length,
+                config.num_global_tokens,
+            )
+            return model
         except BaseException:
             patch.undo()
             raise
-    # who loads a model that is patched, loads its tokenizer as well
-    if not limited and saved is None:
-        logger.warning(
-            "no tokenizer was given, and the model holds none: its inputs may go on being truncated "
-            "elsewhere, at a tokenizer's model_max_length; tokenizer= raises that to %d",
-            length,
-        )
-    logger.info(
-        "patched %s: %d attention modules, %d positions, %d global tokens",
-        type(base).__name__,
-        len(plan.attentions),
-        length,
-        config.num_global_tokens,
-    )
-    return model
 
 
 def _trained_length(base: nn.Module, owners: list[Any], tokenizer: Any) -> int:
@@ -366,11 +367,14 @@ def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
 
     Takes the arguments of ``patch_model`` and gives the model.
     """
-    patch_model(model, *args, **kwargs)
+    before = len(_patches(model))
     try:
+        patch_model(
+            model, *args, **kwargs
+        )  # in here, since an interrupt just after it reverts, too
         yield model
     finally:
-        if is_patched(model):
+        if len(_patches(model)) > before:
             unpatch_model(model)
 
 
@@ -436,7 +440,7 @@ def _apply(
     changed = {table.weight for tables in plan.tables for table in tables}
     names = tuple(name for name, parameter in base.named_parameters() if parameter in changed)
     check = CheckStateDict(GLOBAL_EMBEDDINGS, names)
-    journal.record(HookAdded(base._register_load_state_dict_pre_hook(check, with_module=True)))
+    journal.hook(base, partial(base._register_load_state_dict_pre_hook, check, with_module=True))
 
 
 def _patches(model: nn.Module | Holder) -> list[tuple[nn.Module, Patch]]:

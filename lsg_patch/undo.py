@@ -2,7 +2,8 @@
 
 A record lives on the module that it is about, so that a deep copy or a pickle of the module carries
 a record of its own; that of a base model holds those of all that was changed with it. Changes are
-therefore plain objects that refer to modules, never closures.
+therefore plain objects that refer to modules, never closures. Each is on record before it is made, so
+that an interrupt in between is reverted as well: to undo what was not done changes nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +40,8 @@ class Journal(Change):
     owner: Any
     changes: list[Change] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
+    def attach(self) -> None:
+        """Let the owner carry it."""
         setattr(self.owner, RECORD, self)
 
     def of(self, module: Any) -> Journal:
@@ -49,6 +52,7 @@ class Journal(Change):
         if own is None:
             own = Journal(module)
             self.changes.append(own)
+            own.attach()
         return own
 
     def record(self, change: Change) -> None:
@@ -91,13 +95,21 @@ class Journal(Change):
 
     def before(self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = True) -> None:
         """Call ``hook`` before the forward of ``module``."""
-        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
-        self.of(module).record(HookAdded(handle))
+        register = partial(module.register_forward_pre_hook, hook, with_kwargs=with_kwargs)
+        self.hook(module, register)
 
     def after(self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = True) -> None:
         """Call ``hook`` after it, before others, which then see what the unpatched module gives."""
-        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs, prepend=True)
-        self.of(module).record(HookAdded(handle))
+        register = partial(
+            module.register_forward_hook, hook, with_kwargs=with_kwargs, prepend=True
+        )
+        self.hook(module, register)
+
+    def hook(self, module: nn.Module, register: Callable[[], RemovableHandle]) -> None:
+        """Call ``register``, which adds a hook to ``module``."""
+        added = HookAdded()
+        self.of(module).record(added)
+        added.handle = register()
 
 
 def record_of(module: Any) -> Journal | None:
@@ -143,7 +155,8 @@ class ChildAdded(Change):
 
 @dataclass
 class HookAdded(Change):
-    handle: RemovableHandle
+    handle: RemovableHandle | None = None
 
     def undo(self) -> None:
-        self.handle.remove()
+        if self.handle is not None:
+            self.handle.remove()

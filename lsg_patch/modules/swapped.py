@@ -82,7 +82,7 @@ class ClassSwapped(Change):
 
     def hindrance(self) -> str | None:
         now, made = type(self.module), swapped_class(self.mixin, self.old)
-        if now is not made:
+        if now not in (made, self.old):  # the latter where a revert was interrupted
             return (
                 f"it was a {made.__name__} and was made a {now.__name__} by something else, which is to be "
                 "taken away first"

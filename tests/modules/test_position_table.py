@@ -38,6 +38,7 @@ def test_undo_gives_the_same_parameter_with_what_became_of_its_rows(
     old, values = table.weight, table.weight.detach().clone()
     old.requires_grad_(False)
     journal = Journal(table)
+    journal.attach()
     resize_positions([table], tiled(old.detach(), offset, length), journal, rows)
     assert not table.weight.requires_grad
     assert table.num_embeddings == len(table.weight) == offset + length
