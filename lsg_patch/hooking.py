@@ -99,11 +99,11 @@ def _hook_encoder(
     takes_shape = compat.takes_shape(plan.positions)
     carrier = compat.MaskCarrier.of_encoder(plan.stack, num_layers)
     enter = encoder.EnterEncoder(check, carrier, family.words, family.positions, takes_shape)
-    journal.before(plan.stack, enter)
+    edges.before(plan.stack, enter, journal)
     journal.before(plan.positions, encoder.first_position, with_kwargs=False)
     journal.after(plan.positions, encoder.no_positions, with_kwargs=False)
     for module in plan.attentions:
         journal.before(module, encoder.GiveLayout(config, Signature.of(module)))
-    journal.after(plan.stack, encoder.LeaveEncoder(config, check.call, num_layers))
+    edges.after(plan.stack, encoder.LeaveEncoder(config, check.call, num_layers), journal)
     if plan.decoder is not None and config.pass_global_tokens_to_decoder:
         journal.before(plan.decoder, encoder.EnterDecoder(config, Signature.of(plan.decoder)))

@@ -110,7 +110,7 @@ def patch_model(
 ) -> Model:
     """Make a loaded model read long inputs, in place: LSG attention, more positions, global tokens.
 
-    The model stays what it is: its class, its heads, its parameters (only the position table is a
+    The model stays an instance of its class, with its heads, its parameters (only the position table is a
     new one), the shapes of its outputs. ``unpatch_model`` gives back exactly what it was.
     In an encoder-decoder the encoder's self-attention is patched, and the decoder's position table
     grows as the encoder's does. A decoder (``config.is_decoder``) attends block by block to the
@@ -179,8 +179,8 @@ def patch_with(
     ids_from = tokenizer_in(owners[0]) if tokenizer is None and owners else tokenizer
     if config.position_period == TRAINED:
         config = replace(config, position_period=_trained_length(base, owners, tokenizer))
-    # tensors made in inference mode could never be trained
-    with torch.inference_mode(False):
+    # tensors made in inference mode could never be trained; on a CPU whatever the default device is
+    with torch.inference_mode(False), torch.device("cpu"):
         plan = make_plan(module, base, family, config, ids_from, saved)
         if not plan.can_unpad:
             config = replace(config, unpad=False)

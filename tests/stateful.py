@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
+import importlib.util
 import json
 import pickle
 import sys
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 
 import lsg_patch
 from lsg_patch.config import KEY
+from lsg_patch.families import FAMILIES, find_base
 from tests import models, seq2seq
 from tests.matrix.specimens import SPECIMENS, Specimen
 
@@ -55,6 +58,8 @@ OPTIONS = st.fixed_dictionaries(
         "seed": st.sampled_from([None, 7]),
     }
 )
+# what is installed by `tox -e ecosystem` and for the long run
+HAS_PEFT = importlib.util.find_spec("peft") is not None
 TOLERANCE = 2e-5  # global tokens are made in the dtype of the patch
 steps = Counter[str]()
 
@@ -101,6 +106,16 @@ def hooks_of(module: nn.Module) -> dict[str, int]:
     }
 
 
+def copied_by(how: str, module: nn.Module) -> Any:
+    if how == "deepcopy":
+        return copy.deepcopy(module)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(module))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(module, f"{folder}/model.pt")
+        return torch.load(f"{folder}/model.pt", weights_only=False)
+
+
 class Sequences(RuleBasedStateMachine):
     """Both models get the same treatment; the patch comes and goes in one of them alone."""
 
@@ -115,6 +130,7 @@ class Sequences(RuleBasedStateMachine):
         self.tokenizer: Any = None
         self.dtype = torch.float32
         self.hooks: list[tuple[Any, Any]] = []
+        self.loras: list[Any] = []
         steps[f"model of {self.specimen.family}"] += 1
 
     # -- what is compared
@@ -269,6 +285,7 @@ class Sequences(RuleBasedStateMachine):
             name: parameter
             for name, parameter in model.named_parameters()
             if id(parameter) not in words and "embed" not in name and ".shared" not in name
+            if parameter.requires_grad
         }
 
     def differentiable(self, model: Any, mask: Tensor) -> dict[str, Tensor]:
@@ -303,20 +320,16 @@ class Sequences(RuleBasedStateMachine):
         for _, handles in hooks:
             for handle in handles:
                 handle.remove()
-        if how == "deepcopy":
-            self.twin, self.model = copy.deepcopy(self.twin), copy.deepcopy(self.model)
-        elif how == "pickle":
-            self.twin, self.model = (pickle.loads(pickle.dumps(x)) for x in (self.twin, self.model))
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                for name in ("twin", "model"):
-                    torch.save(getattr(self, name), f"{folder}/model.pt")
-                    setattr(self, name, torch.load(f"{folder}/model.pt", weights_only=False))
+        copies = [copied_by(how, x) for x in self.loras or (self.twin, self.model)]
+        self.loras = copies if self.loras else []
+        self.twin, self.model = (x.model for x in self.loras) if self.loras else copies
 
     @rule()
     def saved_and_loaded(self) -> None:
         """The twin of a model that comes back patched is what the others load from that folder."""
         steps["save and load"] += 1
+        if self.loras:
+            self.lora_off()  # its layers have other names
         cls, name = type(self.model), "dtype" if transformers.__version__ >= "5" else "torch_dtype"
         dtype = {name: self.dtype}
         self.hooks, self.tokenizer = [], None
@@ -372,6 +385,31 @@ class Sequences(RuleBasedStateMachine):
         for model in (self.twin, self.model):
             torch.manual_seed(0)
             model.resize_token_embeddings(size)
+
+    @precondition(lambda self: HAS_PEFT and not self.loras)
+    @rule()
+    def lora_on(self) -> None:
+        """Of the projections of queries and values; all else is frozen."""
+        steps["LoRA on"] += 1
+        peft: Any = importlib.import_module("peft")
+        names = FAMILIES[find_base(self.twin)[1].name].names
+        self.trainable = {n for n, p in self.twin.named_parameters() if p.requires_grad}
+        for model in (self.twin, self.model):
+            torch.manual_seed(0)
+            config = peft.LoraConfig(
+                r=2, target_modules=[names.query, names.value], init_lora_weights=False
+            )
+            self.loras.append(peft.LoraModel(model, {"default": config}, "default").eval())
+
+    @precondition(lambda self: self.loras)
+    @rule()
+    def lora_off(self) -> None:
+        steps["LoRA off"] += 1
+        self.twin, self.model = (lora.unload() for lora in self.loras)
+        self.loras = []
+        for model in (self.twin, self.model):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in self.trainable or "global_embeddings" in name)
 
     @rule(prepend=st.booleans())
     def hook_added(self, prepend: bool) -> None:

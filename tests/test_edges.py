@@ -217,6 +217,35 @@ def test_the_table_is_given_tensors_as_other_modules_are() -> None:
     assert seen and all(isinstance(x, (Tensor, tuple)) for args in seen for x in args)
 
 
+@pytest.mark.parametrize("prepend", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, *seq2seq.FAMILIES])
+def test_a_hook_on_the_model_sees_what_the_user_gives_and_gets(family: str, prepend: bool) -> None:
+    """One that was there before the patch, and one that came after it; of BART on its encoder."""
+    mask = right_padded(60, 41)
+    if family in seq2seq.FAMILIES:
+        model, ids = seq2seq.tiny_model(family), seq2seq.ids_like(mask)
+        encoder = model.encoder
+    else:
+        encoder = model = tiny_model(family)
+        ids = ids_like(mask, family)
+    seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        seen.append(("mask", tuple(kwargs["attention_mask"].shape)))
+        assert kwargs["input_ids"].shape == mask.shape
+        if output is not None:
+            seen.append(("output", tuple(output[0].shape[:2])))
+
+    for patches in (False, True):
+        if patches:
+            lsg_patch.patch_model(model, **SETTINGS)
+        encoder.register_forward_pre_hook(note, with_kwargs=True, prepend=prepend)
+        encoder.register_forward_hook(note, with_kwargs=True, prepend=prepend)
+    with torch.no_grad():
+        encoder(input_ids=ids, attention_mask=mask)
+    assert seen == [("mask", (2, 60))] * 2 + [("mask", (2, 60)), ("output", (2, 60))] * 2
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_fixes_neither_batch_nor_length() -> None:
     """More of it, with torch.export and ONNX, is in tests/ecosystem/test_exporting.py."""

@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +113,34 @@ def test_patched_model_stays_what_it_was() -> None:
     assert lsg_patch.is_patched(model)
     assert lsg_patch.get_config(model) == LSGConfig(**SETTINGS, mask_first_token=True)
     assert lsg_patch.global_embeddings(model) is model.bert.embeddings.global_embeddings.weight
+
+
+def test_a_patched_model_states_the_parameters_of_its_forward() -> None:
+    """Trainer leaves out the columns of a dataset that are none."""
+    model = tiny_model("bert")
+    expected = inspect.signature(model.forward)
+    lsg_patch.patch_model(model, **SETTINGS)
+    assert inspect.signature(model.forward) == expected
+
+
+def test_what_is_made_of_the_class_of_a_patched_model_is_not_patched(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    lsg_patch.patch_model(model, **SETTINGS)
+    cls, attention = type(model), model.encoder.layer[0].attention.self
+    with lsg_patch.patched(tiny_model("bert"), **SETTINGS) as other:
+        assert type(other) is cls
+    fresh = cls(tiny_model("bert").config)
+    assert type(fresh) is transformers.BertModel
+    lsg_patch.unpatch_model(model).save_pretrained(tmp_path)
+    loaded = cls.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.BertModel
+    assert_bitwise(values(loaded), values(model))
+    lsg_patch.patch_model(model, **SETTINGS)
+    config = {
+        "config": model.config,
+        **({"layer_idx": 0} if hasattr(attention, "layer_idx") else {}),
+    }
+    assert not isinstance(type(attention)(**config), LSGSelfAttention)
 
 
 @pytest.mark.parametrize("kind", ["half", "bfloat16", "double"])

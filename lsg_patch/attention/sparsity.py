@@ -216,7 +216,8 @@ class _Buckets(NamedTuple):
     def _added(self, x: Tensor) -> Tensor:
         """Row by row, in the order of memory: few numbers are touched, where a product multiplies zeros."""
         *chunks, width = *self.bucket.shape[:3], x.shape[3]
-        first = (self.size + 1) * torch.arange(self.bucket[..., 0].numel()).view(*chunks, 1)
+        first = (self.size + 1) * torch.arange(self.bucket[..., 0].numel(), device=x.device)
+        first = first.view(*chunks, 1)
         row = first + self.bucket.where(self.seen, self.size)  # a bucket more, for what is not seen
         out = x.new_zeros(self.bucket[..., 0].numel() * (self.size + 1), width)
         rows = row.flatten(2).transpose(1, 2).flatten()
@@ -268,7 +269,7 @@ def draw_projections(
     # the same for all that torch.func maps over
     with torch._C._DisableFuncTorch():
         generator = torch.Generator().manual_seed(seed)
-        return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+        return tuple(torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
 
 
 def _round_sizes(geometry: Geometry, rounds: int) -> list[int]:

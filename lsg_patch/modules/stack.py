@@ -99,10 +99,11 @@ class CheckInput:
         """Warn if no row of ``embeds`` (B, T, width) begins with it: that token would be hidden."""
         if is_compiling() or embeds.is_meta or not embeds.numel():
             return
-        row, at = torch.arange(len(embeds), device=embeds.device), torch.tensor(0)
+        row = torch.arange(len(embeds), device=embeds.device)
+        at = torch.zeros_like(row)
         if mask is not None and mask.dim() == 2:
-            at = mask.int().argmax(1)
-        first = embeds[row, at.to(row)]
+            at = mask.int().argmax(1).to(row)
+        first = embeds[row, at]
         token = torch.tensor([token_id], device=embeds.device)
         with torch.no_grad():
             word = base.get_submodule(self.words)(token).to(embeds)

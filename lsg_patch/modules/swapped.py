@@ -30,7 +30,12 @@ class Swapped(nn.Module):
     prefix = ""  # of the subclass's name
     mixin: type[Swapped]
     original: type[nn.Module]
+    outlives_patch = False  # whether its forward may be called after a revert
     lsg: Any  # what it knows besides what it was
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """What is made of the class of a patched module, as ``type(model)(config)``, is not patched."""
+        return cls.original(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time: a copy or a pickle names what it was made of
@@ -87,7 +92,7 @@ class ClassSwapped(Change):
                 f"it was a {made.__name__} and was made a {now.__name__} by something else, which is to be "
                 "taken away first"
             )
-        return hidden_forward(self.module)
+        return None if self.mixin.outlives_patch else hidden_forward(self.module)
 
     def undo(self) -> None:
         set_class(self.module, self.old)

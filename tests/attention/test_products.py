@@ -167,6 +167,24 @@ def test_no_score_is_kept_for_the_backward() -> None:
     assert sum(size for _, size in kept) < 3.4 * of_input
 
 
+@pytest.mark.parametrize(("changed", "without"), [(0, 1), (1, 0)])
+def test_the_backward_reads_what_autograd_kept(changed: int, without: int) -> None:
+    """Hooks on saved tensors (offloading to a CPU or a disk) give others than were saved: zeros here.
+
+    The gradient of queries is a product with the keys, and that of keys one with the queries.
+    """
+    tensors = inputs(40)
+
+    def unpack(x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if x.data_ptr() == tensors[changed].data_ptr() else x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        out = lsg_attention(*tensors, block_size=4, sparsity_type="none")
+    grads = torch.autograd.grad(out.sum(), tensors)
+    assert not grads[without].any()
+    assert grads[2].any()
+
+
 def test_a_second_derivative_is_refused() -> None:
     tensors = inputs(40)
     # without a global token: its one row goes by PyTorch's attention, which refuses as well

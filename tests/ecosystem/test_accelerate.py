@@ -197,3 +197,34 @@ def test_a_hook_that_keeps_all_embeddings_is_refused() -> None:
     ):
         lsg_patch.patch_model(model, **SETTINGS)
     assert structure(model) == before
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_a_model_prepared_for_mixed_precision(patched_first: bool) -> None:
+    """It replaces its forward: it is patched and reverted below that, and after that is taken away."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model, ids = tiny_model("bert"), ids_like(right_padded(60), "bert")
+    short = ids[:, :14]
+
+    def run_on(x: Any, given: Any) -> Any:
+        with torch.no_grad():
+            return x(given)[0]
+
+    plain = run_on(model, short)
+    if patched_first:
+        lsg_patch.patch_model(model, **{**SETTINGS, "num_global_tokens": 1})
+    prepared = accelerator.prepare(model)
+    if not patched_first:
+        lsg_patch.patch_model(prepared, **{**SETTINGS, "num_global_tokens": 1})
+    assert run_on(prepared, ids).shape[1] == 60
+    torch.testing.assert_close(run_on(prepared, short), plain, rtol=0, atol=0.1)
+    if patched_first:
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        torch.testing.assert_close(run_on(model, short), plain, rtol=0, atol=1e-5)
+        prepared = accelerator.prepare(model)
+    lsg_patch.unpatch_model(prepared)
+    torch.testing.assert_close(run_on(prepared, short), plain, rtol=0, atol=0.1)
+    model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(run_on(model, short), plain)
+    assert type(model) is transformers.BertModel

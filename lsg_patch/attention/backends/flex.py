@@ -142,7 +142,7 @@ def plan_of(geometry: Geometry, blocks: int, num_global: int, device: torch.devi
         sizes[-1] += tile
 
     # tensors made in inference mode could not be saved for a backward later
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         # what fills a tile up is seen by nobody
         begin = torch.full((2, sum(sizes)), LAST)
         end = torch.zeros_like(begin)

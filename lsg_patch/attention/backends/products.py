@@ -37,7 +37,7 @@ def block_attention(blocks: Blocks) -> Tensor:
     most_bytes, seed = cache_bytes(blocks.dropout_p > 0), 0
     if blocks.dropout_p:
         # by the global random state, so that checkpointing and a seed of the user repeat it
-        seed = int(torch.randint(2**62, (), dtype=torch.int64))
+        seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
     if not blocks.needs_grad:
         return _attend(blocks, most_bytes, seed)
     out: Tensor = _BlockAttention.apply(
@@ -269,7 +269,7 @@ class _Dropout:
         """Fills ``out`` with 1 and 0."""
         words = -(-out.numel() // 4)
         if self._bits is None or len(self._bits) < words:
-            self._bits = torch.empty(words, dtype=torch.int64)
+            self._bits = torch.empty(words, dtype=torch.int64, device="cpu")
         bits = self._bits[:words].random_(-(2**63), None, generator=self._generator)
         out.copy_(bits.view(torch.int16)[: out.numel()].view(out.shape))
         return torch.ge(out, self._least, out=out)
