@@ -40,6 +40,7 @@ if __name__ == "__main__":
         if argument.startswith("torch=="):
             share(argument)
     try:
-        pip_install(*sys.argv[1:])
+        # of thousands of modules a test imports some, and python compiles those then
+        pip_install("--no-compile", *sys.argv[1:])
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
