@@ -134,7 +134,8 @@ def gradients(
     """
     sides = (queries, documents)
     if micro_batch is None:
-        loss = contrast(*(pooled(model, tokenizer, x, max_length) for x in sides), targets)
+        asked, read = (pooled(model, tokenizer, x, max_length) for x in sides)
+        loss = contrast(asked, read, targets)
         loss.backward()
         return loss.item()
     groups = [[x[i : i + micro_batch] for i in range(0, len(x), micro_batch)] for x in sides]
@@ -145,6 +146,7 @@ def gradients(
     loss = contrast(both[0], both[1], targets)
     loss.backward()
     for of, vectors in zip(groups, both, strict=True):
+        assert vectors.grad is not None
         for texts, wanted in zip(of, vectors.grad.split(micro_batch), strict=True):
             (pooled(model, tokenizer, texts, max_length) * wanted).sum().backward()
     return loss.item()
@@ -154,7 +156,9 @@ def train(model: Any, tokenizer: Any, documents: list[Document], args: argparse.
     """Without dropout, so that the gradient cache reads twice the same."""
     parameters = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
-    draw, order, losses = random.Random(args.seed), [], []
+    draw = random.Random(args.seed)
+    order: list[Document] = []
+    losses: list[float] = []
     bar = tqdm(range(args.steps), "training")
     for number in bar:
         if len(order) < args.batch_size:

@@ -79,7 +79,8 @@ def train(model: Any, tokenizer: Any, rows: list[Tensor], args: argparse.Namespa
     generator, draw = torch.Generator().manual_seed(args.seed), random.Random(args.seed)
     torch.manual_seed(args.seed)
     model.train()
-    bar, order = tqdm(range(args.steps), "training"), []
+    order: list[Tensor] = []
+    bar = tqdm(range(args.steps), "training")
     for number in bar:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (number + 1) / 5) * (1 - number / args.steps)

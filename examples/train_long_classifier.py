@@ -198,7 +198,7 @@ def step(
                 loss = model(**inputs, labels=classes).loss / args.accumulate
             loss.backward()
         total += loss.detach()
-    return accelerator.reduce(total, "mean").item()
+    return float(accelerator.reduce(total, "mean"))
 
 
 @torch.no_grad()
@@ -227,7 +227,9 @@ def accuracy(
         found.append(logits.argmax(-1))
     model.train()
     gathered = accelerator.gather(torch.cat(found)).view(world, -1).T.flatten()
-    right = [names[int(i)] == label for i, (_, label) in zip(gathered, documents, strict=False)]
+    right: list[bool] = [
+        names[int(i)] == label for i, (_, label) in zip(gathered, documents, strict=False)
+    ]
     return sum(right) / len(right)
 
 
@@ -325,21 +327,21 @@ def main(argv: list[str] | None = None) -> None:
                 state = {"model": weights, "optimizer": moments}
                 save(checkpoint, {**state, "losses": losses, "settings": settings})
 
-    results = {"losses": losses}
+    results: dict[str, Any] = {"losses": losses}
     for length in sorted({min(512, args.max_length), args.max_length}):
         results[f"accuracy at {length}"] = accuracy(
             model, tokenizer, test, length, args.batch_size, accelerator
         )
         accelerator.print(f"accuracy, {length} tokens read: {results[f'accuracy at {length}']:.3f}")
 
-    weights = get_model_state_dict(model, options=FULL)
+    whole: dict[str, Any] = {**get_model_state_dict(model, options=FULL)}
     if main_process:
         folder = args.out / "model"
-        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
+        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=whole)
         tokenizer.save_pretrained(folder)
         (args.out / "results.json").write_text(json.dumps(results), encoding="utf-8")
         again = lsg_patch.from_pretrained(folder)  # patched, as it was saved
-        assert all(torch.equal(weights[name], value) for name, value in again.state_dict().items())
+        assert all(torch.equal(whole[name], value) for name, value in again.state_dict().items())
         print(f"saved, and loaded back: lsg_patch.from_pretrained({str(folder)!r})")
     accelerator.end_training()
 
