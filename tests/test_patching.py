@@ -143,6 +143,26 @@ def test_what_is_made_of_the_class_of_a_patched_model_is_not_patched(tmp_path: P
     assert not isinstance(type(attention)(**config), LSGSelfAttention)
 
 
+class PatchesItself(transformers.BertModel):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        lsg_patch.patch_model(self, **SETTINGS)
+
+
+class PatchesItselfAround(PatchesItself):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [PatchesItself, PatchesItselfAround])
+def test_a_class_that_patches_itself(cls: type[Any]) -> None:
+    first = cls(tiny_config("bert")).eval()
+    second = type(first)(tiny_config("bert")).eval()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(long_run(first, "bert"), long_run(second, "bert"))
+    assert type(lsg_patch.unpatch_model(second)) is cls
+
+
 @pytest.mark.parametrize("kind", ["half", "bfloat16", "double"])
 def test_revert_after_a_cast_gives_the_cast_model(kind: str) -> None:
     model = tiny_model("roberta")

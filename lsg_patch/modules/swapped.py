@@ -67,6 +67,7 @@ def _swapped_class(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module
         "__qualname__": cls.__qualname__.removesuffix(cls.__name__) + name,
         "mixin": mixin,
         "original": cls,
+        "__init__": _made_by_new,
     }
     return type(name, bases, attributes)
 
@@ -133,6 +134,10 @@ def hidden_forward(module: nn.Module) -> str | None:
         f"its forward was replaced by a {type(own).__name__}, which would hide the patch: patch the "
         "model first, or take the replacement away"
     )
+
+
+def _made_by_new(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Nothing: what ``__new__`` gives is made, and would be made again if its class patches itself."""
 
 
 def _blank(mixin: type[Swapped], cls: type[nn.Module]) -> nn.Module:
