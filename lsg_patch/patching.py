@@ -369,9 +369,8 @@ def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
     """
     before = len(_patches(model))
     try:
-        patch_model(
-            model, *args, **kwargs
-        )  # in here, since an interrupt just after it reverts, too
+        # in here: an interrupt just after it reverts, too
+        patch_model(model, *args, **kwargs)
         yield model
     finally:
         if len(_patches(model)) > before:
