@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lsg_patch.attention.sparsity import _Buckets
+from lsg_patch.attention.sparsity import _Buckets, _longest
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -22,3 +22,12 @@ def test_sums_of_buckets_are_of_the_seen_tokens_in_them(dtype: torch.dtype) -> N
         if seen[b, 0, c, t]:
             expected[b, h, c, bucket[b, h, c, t]] += x[b, h, c * chunk + t]
     assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_what_is_exported_chooses_the_same_among_equals() -> None:
+    """It counts what comes before, where eager code ranks bits."""
+    norm = torch.randint(0, 3, (300, 8), generator=torch.Generator().manual_seed(0)).float()
+    for count in (1, 3, 8):
+        traced = torch.jit.trace(lambda x, n=count: _longest(x, n, True), norm[:2])
+        assert torch.equal(traced(norm), _longest(norm, count, True))
