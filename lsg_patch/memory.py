@@ -77,7 +77,7 @@ def _storages(tree: Any) -> Iterator[tuple[Tensor, torch.UntypedStorage]]:
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
             try:
                 yield leaf, leaf.untyped_storage()
-            except (NotImplementedError, RuntimeError):  # a wrapper tensor has no storage to count
+            except (NotImplementedError, RuntimeError):  # reason: a wrapper has no storage to count
                 continue
 
 

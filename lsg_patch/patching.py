@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -439,7 +438,9 @@ def _apply(
     changed = {table.weight for tables in plan.tables for table in tables}
     names = tuple(name for name, parameter in base.named_parameters() if parameter in changed)
     check = CheckStateDict(GLOBAL_EMBEDDINGS, names)
-    journal.hook(base, partial(base._register_load_state_dict_pre_hook, check, with_module=True))
+    journal.hook(
+        base, functools.partial(base._register_load_state_dict_pre_hook, check, with_module=True)
+    )
 
 
 def _patches(model: nn.Module | Holder) -> list[tuple[nn.Module, Patch]]:

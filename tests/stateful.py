@@ -70,8 +70,13 @@ def classes_of(specimen: Specimen) -> list[type[Any]]:
     return found
 
 
-# reason: some heads cannot be resized, unpatched either, and each says so by another error
-NO_RESIZE = (RuntimeError, NotImplementedError, AttributeError, ValueError)  # unpatched either
+# what heads raise that cannot be resized, unpatched either
+NO_RESIZE = (
+    AttributeError,
+    NotImplementedError,  # reason: transformers raises it, for heads that tie no words
+    RuntimeError,
+    ValueError,
+)
 
 
 class CountsCalls:
