@@ -73,7 +73,7 @@ def classes_of(specimen: Specimen) -> list[type[Any]]:
 # what heads raise that cannot be resized, unpatched either
 NO_RESIZE = (
     AttributeError,
-    NotImplementedError,  # reason: transformers raises it, for heads that tie no words
+    NotImplementedError,  # reason: some heads of transformers raise it, the unpatched twin too
     RuntimeError,
     ValueError,
 )
