@@ -1,12 +1,13 @@
 """FlexAttention against the oracle, and the choice of a backend.
 
 Compiling takes seconds: most tests share one configuration (heads, head size, dtype), so that the
-file compiles a handful of times. There is no backward on a CPU, so a gradient by flex is tested
-nowhere here.
+file compiles a handful of times. Torch has no fused backward on a CPU: gradients are those of its own
+dense form, which computes them from the same mask function.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from typing import Any
@@ -165,6 +166,61 @@ def test_a_patched_model_gives_what_it_gives_by_sdpa() -> None:
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
 
 
+# --- gradients ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention that is not compiled, and differentiable on a CPU, which it refuses by default."""
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "compiled", lambda *configuration: flex._attend)
+    monkeypatch.setattr(Blocks, "needs_grad", False)  # for why_not, which is tested below
+
+
+@has_flex
+@pytest.mark.usefixtures("unfused")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("padded", [False, True], ids=["all seen", "padded"])
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_gradients_equal_those_of_the_oracle(
+    sparsity_type: str, padded: bool, is_causal: bool
+) -> None:
+    arguments: dict[str, Any] = {
+        "padding_mask": _padding(75) if padded else None,
+        "block_size": 16,
+        "sparse_block_size": 16,
+        "sparsity_type": sparsity_type,
+        "num_global_tokens": 2,
+        "is_causal": is_causal,
+    }
+    if sparsity_type == "lsh":
+        generator = torch.Generator().manual_seed(0)
+        arguments["lsh_projections"] = [
+            torch.randn(HEADS, 16, n, generator=generator) for n in (8, 4)
+        ]
+    inputs = [x.double().requires_grad_() for x in _inputs(2 + 75, head_dim=16)]
+    expected = oracle_attention(*inputs, **arguments)
+    weights = torch.rand(
+        expected.output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double
+    )
+    weights = weights * expected.sees_key[:, None, :, None]
+    if is_causal:
+        weights[:, :, :2] = 0  # the oracle does not define these
+    grads = torch.autograd.grad((expected.output * weights).sum(), inputs)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        own = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        if dtype == torch.bfloat16 and sparsity_type in ("norm", "lsh"):
+            continue  # reason: what is rounded may choose other tokens
+        out = lsg_attention(*own, backend="flex", **arguments)
+        actual = torch.autograd.grad((out.double() * weights).sum(), own)
+        for got, want in zip(actual, grads, strict=True):
+            torch.testing.assert_close(
+                got.double(), want, rtol=0, atol=tolerance * float(want.abs().max())
+            )
+
+
 # --- who sees whom --------------------------------------------------------------------------------
 
 
@@ -210,6 +266,12 @@ def test_mask_function_and_tiles_hold_what_the_geometry_says(
     listed = plan.block_mask.to_dense()[0, 0].bool()
     assert not (in_tiles & ~listed).any()
     assert listed.sum(dim=1).max() <= in_tiles.sum(dim=1).max() + 2 * len(parts)
+    # a backward on a GPU goes by the same tiles, those of queries for each of keys
+    of_keys = torch.zeros_like(listed.T)
+    numbers, indices = plan.block_mask.q_num_blocks[0, 0], plan.block_mask.q_indices[0, 0]
+    for row, number, index in zip(of_keys, numbers, indices, strict=True):
+        row[index[:number].long()] = True
+    assert torch.equal(of_keys, listed.T)
 
 
 @has_flex
