@@ -287,7 +287,8 @@ def _check_shared(weight: Tensor, tables: list[nn.Embedding], modules: list[nn.M
 
 def _looked_up(table: nn.Module, ids: list[int]) -> Tensor:
     """What ``table`` gives for ``ids``, (n, width): quantized, offloaded, with an adapter, or plain."""
-    rows: Tensor = table(torch.tensor(ids, device=device_of(table)))
+    # a batch, as the hooks of others know it
+    rows: Tensor = table(torch.tensor([ids], device=device_of(table)))[0]
     return rows
 
 
@@ -362,14 +363,15 @@ def check_revert(model: nn.Module, records: dict[str, Journal]) -> None:
     """
     _check_wrappers(model, (record.owner for record in records.values()))
     present = set(model.modules())
-    for own in (own for record in records.values() for own in record.changes):
-        if not isinstance(own, Journal) or own.owner in present:
-            continue
-        if any(isinstance(change, PositionsResized) for change in own.changes):
-            raise ValueError(
-                "the model's table of positions was replaced while it was patched: put that one back, then "
-                "revert"
-            )
+    parts = [x for record in records.values() for x in record.changes if isinstance(x, Journal)]
+    gone = [own for own in filter(_is_of_table, parts) if own.owner not in present]
+    # a copy in the place of a table, as PEFT leaves it, carries a record of its own
+    copies = [x for x in filter(_is_of_table, records.values()) if all(x is not y for y in parts)]
+    if len(gone) > len(copies):
+        raise ValueError(
+            "the model's table of positions was replaced while it was patched: put that one back, then "
+            "revert"
+        )
     # those of single modules first: that of a base model holds them as well, and says less where
     for name, record in reversed(records.items()):
         hindrance = record.hindrance()
@@ -377,6 +379,10 @@ def check_revert(model: nn.Module, records: dict[str, Journal]) -> None:
             hindrance = "an adapter was put on it: merge or unload that first (merge_and_unload)"
         if hindrance:
             raise ValueError(f"model.{name} cannot be reverted, so nothing was: {hindrance}")
+
+
+def _is_of_table(record: Journal) -> bool:
+    return any(isinstance(change, PositionsResized) for change in record.changes)
 
 
 def configs_around(

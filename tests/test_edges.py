@@ -60,6 +60,29 @@ def test_hooks_on_the_embeddings_see_and_replace_the_tokens(family: str) -> None
     torch.testing.assert_close(run(model, ids, None)["last_hidden_state"], expected)
 
 
+@families
+def test_hooks_inside_of_the_embeddings_see_what_they_saw(family: str) -> None:
+    """In the patch as well, and once for each forward: global tokens pass their modules unseen."""
+    mask = right_padded(60, 41)
+    ids = ids_like(mask, family)
+    shapes: dict[bool, list[Any]] = {}
+    for patches in (False, True):
+        model, seen = tiny_model(family), shapes.setdefault(patches, [])
+
+        def note(module: nn.Module, args: Any, output: Tensor, seen: Any = seen) -> None:
+            assert output.dim() == 3, "as those that add noise to words want it"
+            seen.append((type(module).__name__, tuple(output.shape)))
+
+        for name, module in model.embeddings.named_modules():
+            if name and "position" not in name and not list(module.children()):
+                module.register_forward_hook(note)
+        if patches:
+            lsg_patch.patch_model(model, **SETTINGS)
+            seen.clear()
+        run(model, ids, mask)
+    assert shapes[True] == shapes[False] != []
+
+
 @pytest.mark.parametrize("length", [12, 60])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_stack_alone_adds_its_global_tokens(length: int, masked: bool) -> None:

@@ -243,3 +243,15 @@ def test_two_patched_models_in_one(part: str) -> None:
     expected = {table, "embeddings.global_embeddings.weight"}
     assert trained(model) == {f"{name}.{x}" for name in model for x in expected}
     lsg_patch.unpatch_model(model)
+
+
+def test_a_replica_of_new_rows_gives_what_the_model_gives() -> None:
+    """As ``DataParallel`` makes one for each device, whose gradients reach the model."""
+    table = lsg_patch.patch_model(tiny("bert"), max_position_embeddings=LENGTH)
+    table = lsg_patch.freeze_except(table, "new_positions").embeddings.position_embeddings
+    replica, ids = table._replicate_for_data_parallel(), torch.tensor([3, LENGTH - 1])
+    for name, parameter in table._parameters.items():
+        setattr(replica, name, parameter * 1)
+    assert torch.equal(replica(ids), table(ids))
+    replica(ids).sum().backward()
+    assert table.new_rows.grad is not None and table.new_rows.grad.sum() == 32

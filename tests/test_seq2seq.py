@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import lsg_patch
 from lsg_patch.attention.backends.pieces import CACHE_BYTES
@@ -450,3 +451,44 @@ def test_encoder_and_decoder_of_two_berts() -> None:
     assert not lsg_patch.is_patched(pair)
     with pytest.raises(ValueError, match=r"2 models .*model.encoder, model.decoder.bert"):
         lsg_patch.patch_model(pair)
+
+
+@families
+@pytest.mark.parametrize("tool", ["checkpoint_wrapper", "compile", "copy"])
+def test_what_is_put_around_the_position_table_changes_nothing(family: str, tool: str) -> None:
+    model, ids = lsg_patch.patch_model(tiny_model(family), **SMALL), ids_like(LONG)
+    expected = run(model, ids, LONG)
+    table = model.encoder.embed_positions
+    seen: list[int] = []
+    table.register_forward_hook(lambda *_: seen.append(1))
+    if tool == "checkpoint_wrapper":
+        model.encoder.embed_positions = checkpoint_wrapper(table)
+    elif tool == "compile":
+        model.encoder.embed_positions = torch.compile(table, backend="eager")
+    else:
+        model.encoder.embed_positions = copy.deepcopy(table)
+        if family != "pegasus":  # whose positions are computed, and do not train
+            model(**inputs_for(model, ids, LONG)).last_hidden_state.square().sum().backward()
+            assert model.encoder.embed_positions.weight.grad[20:40].abs().min() > 0
+    assert_same(run(model, ids, LONG), expected, LONG, 0)
+    assert seen or tool == "copy"
+
+
+class PastThePatch(transformers.models.bart.modeling_bart.BartEncoder):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **more: Any) -> Any:
+        above = transformers.models.bart.modeling_bart.BartEncoder
+        return above.forward(self, input_ids, attention_mask, **more)
+
+
+@pytest.mark.parametrize("kind", ["named parent", "older forward"])
+def test_a_forward_past_the_patch_is_told_of(kind: str) -> None:
+    """Its mask is that of an unpatched model, of which no layout can be made."""
+    model, ids = tiny_model("bart"), ids_like(LONG)
+    if kind == "named parent":
+        model.encoder.__class__ = PastThePatch
+    before = model.encoder.forward
+    lsg_patch.patch_model(model, **SMALL)
+    if kind == "older forward":
+        model.encoder.forward = lambda *args, **kwargs: before(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="call it by super"):
+        run(model, ids, LONG)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from typing import Any
+import threading
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -142,6 +143,55 @@ def test_copies_run_with_their_own_weights() -> None:
         for parameter in own.parameters():
             parameter.zero_()
         assert torch.equal(other(ids).last_hidden_state, expected)
+
+
+class Locked(transformers.BertModel):
+    """What it has cannot be copied, so it says what can."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+
+def test_copies_are_made_as_their_class_says() -> None:
+    own = pair(Locked)[0]
+    lsg_patch.patch_model(own, **SETTINGS)
+    ids = ids_like(MASKS["long"], "bert")
+    for again in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert not hasattr(again, "lock")
+        with torch.no_grad():
+            assert torch.equal(again(ids).last_hidden_state, own(ids).last_hidden_state)
+
+
+class Registered(transformers.BertModel):
+    known: ClassVar[dict[str, type[Any]]] = {}
+
+    def __init_subclass__(cls, *, kind: str, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        Registered.known[kind] = cls
+
+
+class Mine(Registered, kind="mine"):
+    pass
+
+
+class MineOverridden(Registered, kind="overridden"):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [Mine, MineOverridden])
+def test_what_is_made_of_a_class_is_no_class_of_the_users(cls: type[Any]) -> None:
+    own, plain = pair(cls)
+    ids = ids_like(MASKS["long"], "bert")
+    for model in (own, plain):
+        lsg_patch.patch_model(model, **SETTINGS)
+    with torch.no_grad():
+        assert torch.equal(own(ids).last_hidden_state, plain(ids).last_hidden_state)
+    assert Registered.known == {"mine": Mine, "overridden": MineOverridden}
 
 
 def test_a_head_around_it() -> None:

@@ -233,6 +233,16 @@ class TestReverts:
         lsg_patch.unpatch_model(model)
         assert torch.equal(outputs(model, SHORT), short)
 
+    @pytest.mark.parametrize("path", [TABLE, "embeddings"])
+    def test_a_copy_in_the_place_of_the_table(self, path: str) -> None:
+        """As ``merge_and_unload`` of PEFT leaves it."""
+        model, short = tiny_model("bert"), outputs(tiny_model("bert"), SHORT)
+        at(path, copy.deepcopy)(lsg_patch.patch_model(model, **SETTINGS))
+        outputs(model, LONG)
+        lsg_patch.unpatch_model(model)
+        assert torch.equal(outputs(model, SHORT), short)
+        assert_bitwise(values(model), values(tiny_model("bert")))
+
     def test_a_copy_of_a_part_alone(self) -> None:
         """As PEFT makes them: each module has the record of what was changed of it."""
         model = lsg_patch.patch_model(tiny_model("roberta"), num_global_tokens=2, **SETTINGS)

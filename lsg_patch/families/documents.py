@@ -33,7 +33,8 @@ def empty_path(embeddings: Any, config: Any) -> Tensor:
     indices = torch.cat(
         [value_of(table)[config.subs_pad_id] for table in paths.xpath_subs_sub_embeddings]
     )
-    path: Tensor = paths.inner2emb(paths.activation(paths.xpath_unitseq2_inner(tags + indices)))
+    unit = paths.xpath_unitseq2_inner((tags + indices)[None, None])  # a batch, as hooks know it
+    path: Tensor = paths.inner2emb(paths.activation(unit))[0, 0]
     return path
 
 

@@ -35,7 +35,6 @@ class LSGEdges(Swapped):
     outlives_patch = True
 
     def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
         if cls.__bases__[0] is LSGEdges:
             cls.forward = _between_hooks(cls.__bases__[1])
 

@@ -53,9 +53,9 @@ class EnterEncoder:
 
     def _with_globals(self, encoder: nn.Module, embeds: Tensor) -> Tensor:
         """Words (B, T0, width) with their positions, and global tokens: (B, g + T0, width)."""
-        # by forward: the hooks on this table return zeros
-        like = embeds[:1, :, -1]
+        like = embeds[:1, :, -1:]  # of three dimensions: the hooks on this table leave these alone
         table: Any = getattr(encoder, self.positions)
+        # by forward: the hooks of others see what the encoder asks for, once
         places = table.forward(like.shape if self.takes_shape else like)
         hidden: Tensor = embeds + places.to(embeds.device)
         if not self.check.config.num_global_tokens:
@@ -66,12 +66,17 @@ class EnterEncoder:
 
 def first_position(positions: nn.Module, args: Args) -> Args:
     """Before the position table: one position is enough, and there is always one."""
-    return (compat.one_position(args[0]), *args[1:])
+    return args if _asks_for_all(args) else (compat.one_position(args[0]), *args[1:])
 
 
 def no_positions(positions: nn.Module, args: Args, output: Tensor) -> Tensor:
     """After the position table: nothing is added to what has its positions already."""
-    return torch.zeros_like(output)
+    return output if _asks_for_all(args) else torch.zeros_like(output)
+
+
+def _asks_for_all(args: Args) -> bool:
+    """Whether it is ``EnterEncoder`` that asks, also through what is put around the table."""
+    return len(args[0] if isinstance(args[0], tuple) else args[0].shape) == 3
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ class GiveLayout:
     def __call__(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         carried = self.call.get(compat.LAYER_HEAD_MASK, args, kwargs)
         given = self.call.get(self.call.mask, args, kwargs) if carried is None else carried
+        if carried is None and given is not None and given.dim() == 4 and given.shape[2] > 1:
+            raise RuntimeError(
+                "the encoder's own forward was called past the patch: call it by super().forward, and wrap "
+                "encoder.forward after the model is patched"
+            )
         mask = compat.padding_mask(given)
         if mask is None:
             return args, kwargs  # a layer called alone: the module has an error for this

@@ -26,8 +26,14 @@ class NewRowsTrain(Swapped):
     @property
     def weight(self) -> Tensor:
         """(n, width), the whole table."""
-        weight, new = cast("Tensor", self._parameters["weight"]), self.new_rows
-        return torch.cat([weight[: -len(new)], new])
+        weight = self._parameters.get("weight")
+        weight = vars(self)["_replicated"] if weight is None else weight
+        return torch.cat([weight[: -len(self.new_rows)], self.new_rows])
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Of a replica (``DataParallel``), which has no parameters."""
+        vars(self)["_replicated"] = value
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,6 +200,8 @@ class LinkStack:
 
 # on embedded tokens: the global tokens that belong to them, (B, g, width)
 NOTE = "lsg_global_tokens"
+# how the words of these are scaled, (B, 1, 1), where a hook of others gave a tensor without the note
+_RATIO: ContextVar[Tensor | None] = ContextVar("ratio", default=None)
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,8 @@ class GlobalTokens:
             rows = (place + ratio * (rows - place)).to(rows.dtype)
         for name in self.path:
             module = getattr(embeddings, name)
-            rows = rows if module is None else module(rows)
+            # by forward: the hooks of others see the tokens alone
+            rows = rows if module is None else module.forward(rows)
         return rows
 
     def prepend(self, base: nn.Module, embedded: Tensor) -> Tensor:
@@ -239,9 +243,14 @@ class GlobalTokens:
         rows, differentiable = getattr(embedded, NOTE, (None, None))
         if rows is not None and not is_compiling():
             delattr(embedded, NOTE)  # a tensor that is used again must not carry an old note
+        ratio = None
+        if not is_compiling():
+            ratio = _RATIO.get()
+            _RATIO.set(None)
         if rows is None or differentiable != torch.is_grad_enabled():
             embeddings: Any = base.get_submodule(self.embeddings)
-            rows = self.of(embeddings.lsg_self.module, embedded)
+            fits = ratio is not None and len(ratio) == len(embedded)
+            rows = self.of(embeddings.lsg_self.module, embedded, ratio if fits else None)
             if self.projection is not None:
                 rows = getattr(base, self.projection)(rows)
         return torch.cat([rows.to(embedded), embedded], dim=1)
@@ -267,6 +276,8 @@ class NoteGlobals:
             ratio = scale / self.word_scale(embeddings, None, None)
         elif is_compiling():
             return output  # not every compiler knows attributes of tensors
+        if not is_compiling():
+            _RATIO.set(ratio)
         rows = self.tokens.of(embeddings, output, ratio)
         if rows.requires_grad and not is_compiling():
             rows, output = _Together.apply(rows, output)

@@ -33,13 +33,23 @@ class Swapped(nn.Module):
     outlives_patch = False  # whether its forward may be called after a revert
     lsg: Any  # what it knows besides what it was
 
+    def __init_subclass__(cls) -> None:
+        """What is made of a user's class is no other class of theirs: their own hook is not called."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """What is made of the class of a patched module, as ``type(model)(config)``, is not patched."""
         return cls.original(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time: a copy or a pickle names what it was made of
-        return _blank, (self.mixin, self.original), self.__dict__.copy()
+        own = getattr(self, "__getstate__", None)  # a user's, or (Python 3.11) that of all objects
+        return _blank, (self.mixin, self.original), self.__dict__.copy() if own is None else own()
+
+
+class _Unannounced:
+    """Before a user's class in the MRO, for the same."""
+
+    def __init_subclass__(cls) -> None: ...
 
 
 _one_at_a_time = threading.RLock()
@@ -59,7 +69,7 @@ def _swapped_class(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module
             return made
     bases: tuple[type[nn.Module], ...] = (mixin, cls)
     if compat.is_overridden(cls):
-        bases = (cls, swapped_class(mixin, compat.own_class(cls)))
+        bases = (_Unannounced, cls, swapped_class(mixin, compat.own_class(cls)))  # type: ignore[assignment]
     # transformers records outputs by the name of a class and of its module
     name = mixin.prefix + cls.__name__
     attributes = {

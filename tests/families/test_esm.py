@@ -55,6 +55,34 @@ def ids_of(mask: Tensor | None, masked: bool = True) -> Tensor:
     return ids
 
 
+@KINDS
+@pytest.mark.parametrize("kind_of_hook", ["forward", "backward"])
+def test_words_are_scaled_alike_where_a_hook_gives_another_tensor(
+    kind: dict[str, Any], kind_of_hook: str
+) -> None:
+    """That the global tokens are noted on: their scale is kept, for an input of as many rows."""
+    mask = right_padded(32, 9)
+    ids = ids_of(mask)
+    model = lsg_patch.patch_model(tiny_model("esm", **kind), **SETTINGS)
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    embeddings = model.embeddings
+    if kind_of_hook == "forward":
+        embeddings.register_forward_hook(lambda _, args, output: output * 1)
+    else:
+        embeddings.register_full_backward_hook(lambda *_: None)
+    found = model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-6)
+
+
+def test_words_of_another_batch_are_not_scaled_as_those_before() -> None:
+    model = lsg_patch.patch_model(tiny_model("esm", **ESM_1B), **SETTINGS)
+    given = torch.ones(3, 40, 32)
+    with torch.no_grad():
+        expected = model.encoder(given)[0]
+        model.embeddings(ids_of(None))  # of two rows, and not gone on with
+        assert torch.equal(model.encoder(given)[0], expected)
+
+
 @pytest.mark.parametrize("num_global_tokens", [1, 5])
 @MASKS
 def test_global_tokens_do_not_shift_the_others(mask: Any, num_global_tokens: int) -> None:

@@ -50,8 +50,8 @@ class Lines:
         if event == "line":
             self.count += 1
             line = frame.f_code.co_filename, frame.f_lineno
-            # such a line is traced again before the block is left, where no Ctrl-C is let in
-            if not linecache.getline(*line).lstrip().startswith("with "):
+            # such lines are traced where no Ctrl-C is let in, and no block around them is left in order
+            if not linecache.getline(*line).lstrip().startswith(("with ", "try:")):
                 self.times.setdefault(line, []).append(self.count)
             if self.count == self.interrupt_at:
                 sys.settrace(None)
