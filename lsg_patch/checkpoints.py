@@ -257,10 +257,15 @@ def _load(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     rows: dict[str, Tensor] | None = None
     for name, base in list(model.named_modules()):
-        values = getattr(vars(base).get("config"), "__dict__", {}).get(KEY)
-        family = None if values is None else family_of(base)
+        stated = getattr(vars(base).get("config"), "__dict__", {})
+        if KEY not in stated and not is_published(stated):
+            continue
+        family = family_of(base)
         if family is None or is_patched(base):
             continue
+        values = stated[KEY] if KEY in stated else as_ours(base.config.to_dict()).get(KEY)
+        if values is None:
+            continue  # a decoder alone of the reference
         rows = _read(model, path, kwargs) if rows is None else rows
         own = _rows_of(rows, name, family, SavedPatch.from_dict(values).config)
         saved = replace(SavedPatch.from_dict(values, **request.settings), rows=own)

@@ -147,8 +147,7 @@ def inspect_model(
     from lsg_patch.config import LSGConfig
     from lsg_patch.costs import overview
 
-    config = LSGConfig(max_position_embeddings=max_length, **settings)
-    found = overview(*_load(model), config)
+    found = overview(*_load(model), LSGConfig(max_position_embeddings=max_length, **settings))
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -244,7 +243,7 @@ def plot(
     """Draw who attends to whom, or what it costs."""
     from lsg_patch import plots
     from lsg_patch.config import LSGConfig
-    from lsg_patch.patching import patch_model
+    from lsg_patch.patching import is_patched, patch_model
 
     if not out.suffix:  # matplotlib would choose one, and write beside a folder of this name
         raise ValueError(f"out={str(out)!r} is no name of a picture: let it end in .png or .svg")
@@ -254,8 +253,9 @@ def plot(
     else:
         of: Any = config
         if model is not None:
-            of, tokenizer = _load(model)
-            patch_model(of, config, tokenizer=tokenizer)
+            of, tokenizer = _load(model, settings)
+            if not is_patched(of):
+                patch_model(of, config, tokenizer=tokenizer)
         axes = plots.plot_pattern(of, length, layer, head, query)
     figure: Any = axes.figure
     figure.savefig(out, dpi=160, bbox_inches="tight")
@@ -318,17 +318,48 @@ def bench(
         _print_table("milliseconds of a forward, batch 1", found)
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    """A model without its head, and its tokenizer (None where there is none)."""
+def _load(name: str, settings: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """A model without its head, and its tokenizer (None where there is none).
+
+    One that was saved patched is patched, with other ``settings`` if given. None: it is refused.
+    """
     from transformers import AutoModel
 
+    from lsg_patch.checkpoints import load_any
     from lsg_patch.tokenizer import tokenizer_at
 
+    is_saved = _was_saved_patched(name, may_be=settings is not None)
     _without_bars()
     try:
+        if is_saved:
+            return load_any(name, AutoModel, **(settings or {})).eval(), tokenizer_at(name)[0]
         return AutoModel.from_pretrained(name).eval(), tokenizer_at(name)[0]
     except Exception as error:  # a wrong config fails anywhere in transformers
         raise ValueError(f"cannot load {name!r}: {type(error).__name__}: {error}") from error
+
+
+def _was_saved_patched(name: str, may_be: bool = False) -> bool:
+    """Whether a checkpoint was, by us or by the reference.
+
+    Raises:
+        ValueError: it was, and ``may_be`` is False.
+    """
+    from lsg_patch.config import KEY
+    from lsg_patch.published import as_ours, is_published
+    from lsg_patch.weights import Source
+
+    try:
+        stated = Source.of(name, {}).config()
+    except (OSError, ValueError):
+        return False  # what loads it says what is wrong
+    saved = (as_ours(stated) if is_published(stated) else stated).get(KEY)
+    if saved is not None and not may_be:
+        names = ("block_size", "num_global_tokens", "sparsity_type", "sparse_block_size")
+        told = ", ".join(f"{x}={saved.get(x)!r}" for x in (*names, "sparsity_factor"))
+        raise ValueError(
+            f"{name!r} was saved patched, with {told}: name the checkpoint that it was made of"
+        )
+    return saved is not None
 
 
 def _load_encoder(name: str) -> tuple[Any, Any]:
@@ -337,6 +368,7 @@ def _load_encoder(name: str) -> tuple[Any, Any]:
 
     if not (Path(name, "modules.json").is_file() or hub_file(name, "modules.json")):
         return _load(name)
+    _was_saved_patched(name)
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:

@@ -83,7 +83,8 @@ def convert(
         TypeError: the model is of no family that can be patched.
         OSError: there is no such source, or ``out`` cannot be written.
     """
-    path, folder = Source.of(source, {}).path, os.fspath(out)
+    found, folder = Source.of(source, {}), os.fspath(out)
+    path = found.path
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(
             f"out={folder!r} exists and is not empty: name another folder, or empty it"
@@ -109,6 +110,8 @@ def convert(
         new_rows = keep_first_global_token or any(name in settings for name in _OF_ROWS)
         longer = config.max_position_embeddings != was.max_position_embeddings
         kept = resize_lsg or not (new_rows or longer)
+        if not kept:  # its positions are tiled already, and may be trained
+            config = replace(config, position_period=settings.get("position_period"))
     base, family = find_base(model)
     stated: Any = base.config
     table: Any = SimpleNamespace(padding_idx=stated.pad_token_id or 0)
@@ -133,11 +136,19 @@ def convert(
                 rows[:1] = first
     config = get_config(model)
     model.save_pretrained(folder)
-    made = "kept" if kept else "new, but the first" if keep_first_global_token else "new"
+    made = "new, but the first" if keep_first_global_token else "new"
+    if was is not None and kept:
+        more = config.num_global_tokens > was.num_global_tokens
+        made = f"kept the first {was.num_global_tokens}" if more else "kept"
     lines = [
         f"{type(model).__name__}: reads {config.max_position_embeddings} tokens, saved in {folder}",
         f"global tokens: {config.num_global_tokens}, {made}",
     ]
+    if found.find("modules.json") is not None:
+        lines.append(
+            "NOT in it: pooling and prompts of the SentenceTransformer that the source is. For these "
+            "patch_model(SentenceTransformer(...)), and save that"
+        )
     if tokenizer is None:
         lines.append(f"tokenizer: none, {why}")
     else:

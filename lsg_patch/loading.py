@@ -67,5 +67,6 @@ def check_adapters(model: nn.Module, name: str) -> None:
                 raise ValueError(
                     f"the adapter {adapter!r} has modules_to_save={config.modules_to_save!r}, but was made "
                     "or loaded before the patch, and so without global tokens: patch the model first, then "
-                    "get_peft_model or PeftModel.from_pretrained"
+                    "get_peft_model or PeftModel.from_pretrained; under auto_patching load it by "
+                    "AutoPeftModel..., and give that to a pipeline"
                 )

@@ -37,6 +37,7 @@ from lsg_patch.plan import (
     learned_tables,
     make_plan,
 )
+from lsg_patch.published import is_published
 from lsg_patch.tokenizer import is_tokenizer
 from lsg_patch.undo import Journal, record_of, records_of
 
@@ -166,7 +167,7 @@ def patch_with(
             f"{type(base).__name__}, or a module in it, is patched already: unpatch_model(model) first, "
             "then patch it anew"
         )
-    if saved is None and KEY in vars(base.config):
+    if saved is None and (KEY in vars(base.config) or is_published(vars(base.config))):
         logger.warning(
             "%s was saved patched and loaded without that: it is patched anew, with new global tokens. "
             "lsg_patch.from_pretrained loads it as it was saved",

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import transformers
 
-from lsg_patch import LSGConfig, cli
+import lsg_patch
+from lsg_patch import LSGConfig, cli, plots
 from lsg_patch.families import FAMILIES
+from tests import published
 from tests.models import tiny_model
 from tests.tokenizers import real_tokenizer
 
@@ -156,6 +158,36 @@ def test_bench(checkpoint: Path, capsys: Any) -> None:
     found = json.loads(capsys.readouterr().out)
     assert [row["tokens"] for row in found] == [64, 96]
     assert all(row["full"] > 0 and row["patched"] > 0 for row in found)
+
+
+@pytest.mark.parametrize("kind", ["ours", "published"])
+def test_what_was_saved_patched_is_not_taken_for_an_unpatched_model(
+    kind: str, tmp_path: Path, capsys: Any
+) -> None:
+    """Drawn as it was saved; the commands that patch it themselves name the settings, and the mend."""
+    model = lsg_patch.patch_model(tiny_model("bert"), 16, sparse_block_size=16, num_global_tokens=2)
+    folder, texts = tmp_path / kind, tmp_path / "texts.jsonl"
+    if kind == "ours":
+        model.save_pretrained(folder)
+    else:
+        published.write(model, folder)
+    texts.write_text('{"text": "a"}\n{"text": "b"}\n')
+    for arguments in (
+        ("inspect", folder),
+        ("bench", folder, "--length", 32),
+        ("tune", folder, "--file", texts),
+    ):
+        assert run(*arguments) == 2
+        told = capsys.readouterr().err
+        assert "was saved patched, with block_size=16, num_global_tokens=2, sparsity_type" in told
+        assert "name the checkpoint that it was made of" in told
+    for more in ({}, {"sparsity_type": "none"}):
+        given = [f"--sparsity-type={x}" for x in more.values()]
+        assert run("plot", tmp_path / "drawn.png", "--model", folder, "--length", 100, *given) == 0
+        axes = plots.plot_pattern(lsg_patch.from_pretrained(folder, **more), 100)
+        axes.figure.savefig(tmp_path / "wanted.png", dpi=160, bbox_inches="tight")
+        drawn, wanted = ((tmp_path / f"{x}.png").read_bytes() for x in ("drawn", "wanted"))
+        assert drawn == wanted
 
 
 @pytest.mark.parametrize("more", [[], ["--model", "CHECKPOINT"], ["--cost"]], ids=str)

@@ -238,11 +238,43 @@ class TestOfPatched:
         now = lsg_patch.global_embeddings(model)
         assert torch.equal(now[0], before[0]) and not torch.equal(now[1:], before[1:])
 
+    def test_more_global_tokens_than_were_saved(self, patched: Path) -> None:
+        _, done = self.convert(patched, resize_lsg=True, num_global_tokens=4)
+        assert done.lines[1] == "global tokens: 4, kept the first 3"
+
     def test_settings_win(self, patched: Path) -> None:
         model, _ = self.convert(patched, sparsity_type="stride", num_global_tokens=2)
         config = lsg_patch.get_config(model)
         assert (config.sparsity_type, config.num_global_tokens) == ("stride", 2)
         assert config.block_size == 16
+
+
+@pytest.mark.parametrize("more", [{}, {"keep_first_global_token": True}], ids=str)
+def test_positions_that_learned_are_not_tiled_again(
+    more: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    model = lsg_patch.patch_model(
+        original(source), max_position_embeddings=200, position_period=32, **SETTINGS
+    )
+    table = model.bert.embeddings.position_embeddings.weight
+    with torch.no_grad():
+        table[32:] += 1  # as freeze_except(model, "new_positions") lets them
+    model.save_pretrained(tmp_path / "patched")
+    tokenizer(tmp_path / "patched")
+    lsg_patch.convert(tmp_path / "patched", tmp_path / "out", max_length=300, **more)
+    found = lsg_patch.from_pretrained(tmp_path / "out").bert.embeddings.position_embeddings.weight
+    assert torch.equal(found[:200], table)
+    lsg_patch.convert(
+        tmp_path / "patched", tmp_path / "anew", max_length=300, position_period=64, **more
+    )
+    found = lsg_patch.from_pretrained(tmp_path / "anew").bert.embeddings.position_embeddings.weight
+    assert torch.equal(found, table[:64].repeat(5, 1)[:300])
+
+
+def test_what_a_sentence_transformer_has_besides_is_told_of(source: Path, tmp_path: Path) -> None:
+    (source / "modules.json").write_text("[]")
+    done = lsg_patch.convert(source, tmp_path / "out", **SETTINGS)
+    assert "NOT in it: pooling and prompts of the SentenceTransformer" in done.lines[2]
 
 
 @pytest.mark.parametrize("family", ["bart", "mbart", "roberta", "electra", "distilbert"])

@@ -193,6 +193,23 @@ class TestOneCheckpoint:
         for name, value in {**published.DEFAULTS, **own}.items():
             assert getattr(config, name) == value, name
 
+    def test_auto_patching_loads_it_as_it_was_saved(self, saved: Path) -> None:
+        """Also by an Auto class, as pipelines and others load models."""
+        expected = lsg_patch.from_pretrained(saved)
+        with lsg_patch.auto_patching():
+            model = transformers.AutoModelForMaskedLM.from_pretrained(saved)
+        assert lsg_patch.get_config(model) == lsg_patch.get_config(expected)
+        for name, value in expected.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+
+    def test_patched_anew_it_is_warned_of(
+        self, saved: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = transformers.AutoModelForMaskedLM.from_pretrained(saved)
+        assert not lsg_patch.is_patched(model)
+        lsg_patch.patch_model(model)
+        assert "saved patched and loaded without that" in caplog.text
+
     def test_an_encoder_decoder_passes_its_global_tokens(self, tmp_path: Path) -> None:
         model = seq2seq.tiny_model("bart", "ForConditionalGeneration")
         lsg_patch.patch_model(
@@ -289,6 +306,8 @@ class TestOneCheckpoint:
             shutil.copy(file, tmp_path)
         if not (tmp_path / "own" / "model.safetensors").exists():
             (tmp_path / "model.safetensors").unlink()
+        with lsg_patch.auto_patching():
+            transformers.BartForCausalLM.from_pretrained(tmp_path)
         model = lsg_patch.from_pretrained(tmp_path)
         assert "decoder alone" in caplog.text and not lsg_patch.is_patched(model)
         for name, value in decoder.state_dict().items():
