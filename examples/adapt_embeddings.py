@@ -78,7 +78,8 @@ def short_pairs(path: Path | None, count: int = 400) -> list[Pair]:
     """Those of a .jsonl, `{"texts": [a, b]}` a line; by default functions of networkx, and what they do."""
     if path:
         try:
-            rows = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines() if x]
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
             return [(str(a), str(b)) for a, b in (row["texts"] for row in rows)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(

@@ -56,7 +56,7 @@ def read_corpus(path: Path) -> list[tuple[str, str]]:
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
         elif path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
             rows = [json.loads(line) for line in lines if line.strip()]
         else:
             raise ValueError("neither a folder nor a .jsonl or .parquet file")

@@ -85,7 +85,8 @@ def library_documents(
 def read_documents(path: Path) -> list[Document]:
     """Texts and labels of a JSON Lines file."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
         return [(row["text"], str(row["label"])) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from lsg_patch.attention.geometry import check_int
 from lsg_patch.families import find_base
-from lsg_patch.holders import Holder, module_of, tokenizer_in
+from lsg_patch.holders import Holder, in_eval_mode, module_of, tokenizer_in
 from lsg_patch.offloading import device_of
 from lsg_patch.patching import get_config, is_patched
 from lsg_patch.plan import learned_tables
@@ -88,7 +88,8 @@ def chunk_embeddings(
 
     Args:
         model: a model of a supported family, patched or not, or a ``SentenceTransformer``, whose pooling
-            must be a mean; what comes after it there (a dense layer, a normalisation) is applied.
+            must be a mean; what comes after it there (a dense layer, a normalisation) is applied. It
+            reads without dropout, and is left in the mode that it is in.
         tokenizer: a fast one, which gives the offsets of tokens. None: the one that ``model`` holds.
         chunk_tokens: a chunk's tokens, at most, special ones not counted.
         overlap: tokens, at most, that a chunk has of the one before it.
@@ -100,8 +101,8 @@ def chunk_embeddings(
         batch_size: texts, or windows of them, that are read at a time.
 
     Raises:
-        ValueError: an argument is wrong, the tokenizer is not fast, the pooling is no mean, or a span
-            holds no token.
+        ValueError: an argument is wrong, the tokenizer is not fast, the pooling is no mean, or a text or
+            a span holds no token.
         ImportError: sentences are wanted, and there is no sentencex.
         TypeError: ``model`` is of no supported family.
     """
@@ -118,11 +119,13 @@ def chunk_embeddings(
     ]
     windows = [window for text in found for window in text.windows(limit)]
     windows.sort(key=lambda window: -len(window[1]))
-    with tqdm(total=len(windows), disable=not show_progress) as bar, torch.no_grad():
+    bar = tqdm(total=len(windows), disable=not show_progress)
+    with bar, torch.no_grad(), in_eval_mode(module):
         for i in range(0, len(windows), batch_size):
             _read(encoder, windows[i : i + batch_size], tokenizer.pad_token_id or 0)
             bar.update(len(windows[i : i + batch_size]))
-        return [Chunks(text.spans, _means(text, after, normalize)) for text in found]
+        width = getattr(module, "truncate_dim", None)  # of a SentenceTransformer
+        return [Chunks(text.spans, _means(text, after, width, normalize)) for text in found]
 
 
 def _check(
@@ -185,8 +188,14 @@ def _tokenized(
     tokenizer: Any, text: str, boundaries: Any, chunk_tokens: int, overlap: int, language: str
 ) -> _Text:
     rows = tokenizer(
-        text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
+        text,
+        return_attention_mask=True,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
     )
+    if not rows["input_ids"]:
+        raise ValueError(f"texts: {text[:40]!r} has no token, not even a special one: leave it out")
     special, offsets = rows.pop("special_tokens_mask"), rows.pop("offset_mapping")
     whole, count = len(special), len(special) - sum(special)
     head = special.index(0) if count else whole
@@ -265,11 +274,11 @@ def _read(encoder: Any, windows: list[tuple[_Text, Tensor, Span]], pad_id: int) 
             text.sums[i] += row[: len(numbers)][mine].sum(0)
 
 
-def _means(text: _Text, after: list[nn.Module], normalize: bool) -> Tensor:
+def _means(text: _Text, after: list[nn.Module], width: int | None, normalize: bool) -> Tensor:
     counts = torch.tensor([end - begin for begin, end in text.chunks])
     pooled: Tensor = cast("Tensor", text.sums) / counts[:, None]
     for module in after:
         like = next(module.parameters(), pooled)
         pooled = module({"sentence_embedding": pooled.to(like)})["sentence_embedding"]
-    pooled = pooled.float().cpu()
+    pooled = pooled[:, :width].float().cpu()
     return nn.functional.normalize(pooled, dim=-1) if normalize else pooled

@@ -41,7 +41,7 @@ def forward_parameters(module: nn.Module) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=256)
 def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
 # a padding mask's name: most families; DistilBERT's stack, and its attention, before 5.0

@@ -6,6 +6,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -44,6 +45,18 @@ def module_of(holder: Any) -> Any:
             f"model must be a torch.nn.Module, or a pipeline that holds one, not {type(holder).__name__}"
         )
     return found
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout; which modules are in training mode is as it was afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def owners_of(holder: Any, base: nn.Module) -> list[Any]:

@@ -316,6 +316,12 @@ def freeze_except(model: Model, *parts: str) -> Model:
     trained = [global_embeddings(base) for base, _ in patches] if "global" in parts else []
     with_positions = patches if new or "positions" in parts else []
     found = [(patch, *_tables_to_train(base, patch, new)) for base, patch in with_positions]
+    of_bases = {id(p) for base, _ in patches for p in base.parameters()}
+    head = [p for p in module_of(model).parameters() if id(p) not in of_bases]
+    if parts == ("head",) and not head:
+        raise ValueError(
+            f"'head', but the {type(module_of(model)).__name__} has none: pass another part"
+        )
     join(module_of(model))
     for patch, tables, old in found:
         sharing: dict[int, list[nn.Embedding]] = {}
@@ -324,10 +330,10 @@ def freeze_except(model: Model, *parts: str) -> Model:
         for group in sharing.values():
             whole = cast("nn.Parameter", group[0].weight)
             trained.append(split(group, old, patch) if new else whole)
-    of_bases = {id(p) for base, _ in patches for p in base.parameters()}
+    trained += head if "head" in parts else []
+    ids = {id(x) for x in trained}
     for parameter in module_of(model).parameters():
-        in_head = "head" in parts and id(parameter) not in of_bases
-        parameter.requires_grad_(in_head or any(parameter is x for x in trained))
+        parameter.requires_grad_(id(parameter) in ids)
     return model
 
 

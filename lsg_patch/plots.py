@@ -14,7 +14,8 @@ from lsg_patch.attention.geometry import check_int
 from lsg_patch.config import LSGConfig
 from lsg_patch.costs import scores
 from lsg_patch.families import find_base, find_modules
-from lsg_patch.holders import Holder, module_of
+from lsg_patch.holders import Holder, in_eval_mode, module_of
+from lsg_patch.offloading import device_of
 from lsg_patch.patching import get_config
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def pattern(
 def _one_hot(key: Tensor) -> list[Tensor]:
     """Values like ``key`` that tell each row's share of the output, as many rows at a time as fit."""
     rows, width = key.shape[2:]
-    whole = torch.eye(rows, -(-rows // width) * width)
+    whole = torch.eye(rows, -(-rows // width) * width, dtype=torch.float32, device=key.device)
     return [value.expand_as(key) for value in whole.split(width, dim=1)]
 
 
@@ -109,6 +110,10 @@ def _shares_of_layer(
     for name, value, count in (("layer", layer, len(modules)), ("head", head, heads)):
         check_int(name, value, 0, count - 1)
     stated: Any = base.config
+    if input_ids is not None and input_ids.shape != (1, length):
+        raise ValueError(
+            f"input_ids must be (1, length) = {(1, length)}, not of shape {tuple(input_ids.shape)}"
+        )
     if input_ids is None:
         generator = torch.Generator().manual_seed(0)
         words = stated.vocab_size
@@ -117,17 +122,20 @@ def _shares_of_layer(
 
     def read(module: Any, args: Any, kwargs: Any) -> None:
         query, key, _, choose_by, layout = module.projected(args, kwargs)
+        # half precision would lose small shares
+        query, key = query.float(), key.float()
+        choose_by = None if choose_by is None else choose_by.float()
         for value in _one_hot(key):
             context = module.attend(layout, query, key, value, choose_by)
             columns.append(context.unflatten(-1, (heads, -1))[0, :, head])
 
     handle = modules[layer].register_forward_pre_hook(read, with_kwargs=True)
     try:
-        with torch.no_grad():
-            base(input_ids=input_ids)
+        with torch.no_grad(), in_eval_mode(base):
+            base(input_ids=input_ids.to(device_of(base)))
     finally:
         handle.remove()
-    shares = torch.cat(columns, dim=1)
+    shares = torch.cat(columns, dim=1).cpu()
     return shares[:, : shares.shape[0]]
 
 

@@ -75,11 +75,12 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     texts = []
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
-            rows = (
-                [json.loads(x) for x in text.splitlines() if x] if file.suffix == ".jsonl" else []
-            )
-            texts += [row["text"] for row in rows] if file.suffix == ".jsonl" else [text]
+            found = [file.read_text(encoding="utf-8-sig")]
+            if file.suffix == ".jsonl":  # other ends of lines than this may be in a text
+                found = [json.loads(x)["text"] for x in found[0].split("\n") if x.strip()]
+            if not all(isinstance(text, str) for text in found):
+                raise TypeError("a text is no string")
+            texts += found
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{file} is no text, and no .jsonl with a line {{"text": ...}} for each '

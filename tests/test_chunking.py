@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, pipeline
 
@@ -188,3 +189,31 @@ def test_one_chunk_is_the_plain_embedding_of_a_real_encoder(is_patched: bool) ->
         expected = nn.functional.normalize(states(model, tokenizer, text).mean(0), dim=-1)
         torch.testing.assert_close(chunks.embeddings[0], expected, rtol=0, atol=1e-5)
         assert text[slice(*chunks.spans[0])] == text.strip()
+
+
+def test_a_model_in_training_mode_is_read_without_dropout(tokenizer: Any) -> None:
+    config = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    model = lsg_patch.patch_model(tiny_model("bert", **config), **SETTINGS)
+    [expected] = lsg_patch.chunk_embeddings(model, tokenizer, [text_of(60)], 32)
+    model.train().encoder.layer[1].eval()
+    before = [part.training for part in model.modules()]
+    [found] = lsg_patch.chunk_embeddings(model, tokenizer, [text_of(60)], 32)
+    assert torch.equal(found.embeddings, expected.embeddings)
+    assert [part.training for part in model.modules()] == before
+
+
+def test_padding_is_masked_where_the_tokenizer_says_nothing(model: Any, tokenizer: Any) -> None:
+    texts = [text_of(9), text_of(90)]
+    expected = lsg_patch.chunk_embeddings(model, tokenizer, texts, 32)
+    tokenizer.model_input_names = ["input_ids"]
+    found = lsg_patch.chunk_embeddings(model, tokenizer, texts, 32)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.embeddings, other.embeddings, rtol=0, atol=1e-5)
+
+
+def test_a_text_of_no_token_is_refused(model: Any, tokenizer: Any) -> None:
+    [empty] = lsg_patch.chunk_embeddings(model, tokenizer, [""])
+    assert empty.embeddings.isfinite().all()  # of its special tokens
+    tokenizer._tokenizer.post_processor = processors.Sequence([])
+    with pytest.raises(ValueError, match="'' has no token, not even a special one"):
+        lsg_patch.chunk_embeddings(model, tokenizer, ["w5", ""])

@@ -245,6 +245,15 @@ def test_two_patched_models_in_one(part: str) -> None:
     lsg_patch.unpatch_model(model)
 
 
+def test_a_head_that_is_not_there() -> None:
+    model = lsg_patch.patch_model(tiny("bert"), **SETTINGS)
+    before = trained(model)
+    with pytest.raises(ValueError, match="'head', but the BertModel has none"):
+        lsg_patch.freeze_except(model, "head")
+    assert trained(model) == before
+    assert trained(lsg_patch.freeze_except_global(model)) == {"embeddings.global_embeddings.weight"}
+
+
 def test_a_replica_of_new_rows_gives_what_the_model_gives() -> None:
     """As ``DataParallel`` makes one for each device, whose gradients reach the model."""
     table = lsg_patch.patch_model(tiny("bert"), max_position_embeddings=LENGTH)

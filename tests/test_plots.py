@@ -82,6 +82,18 @@ def test_a_layer_of_a_model(family: str) -> None:
     assert torch.equal(pattern(model, LENGTH, input_ids=ids)[:, 2:], expected[:, 2:])
 
 
+def test_the_picture_is_the_same_in_training_mode_and_in_half_precision() -> None:
+    config = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.5}
+    settings = {"block_size": BLOCK, "sparse_block_size": BLOCK, "max_position_embeddings": 64}
+    model = tiny_model("bert", **config)
+    lsg_patch.patch_model(model, sparsity_type="pooling", **settings)
+    expected = pattern(model, LENGTH)
+    assert torch.equal(pattern(model.train(), LENGTH), expected) and model.training
+    assert torch.equal(pattern(model.bfloat16(), LENGTH), expected)
+    with pytest.raises(ValueError, match=r"input_ids must be \(1, length\) = \(1, 61\)"):
+        pattern(model, LENGTH, input_ids=torch.ones(1, 60, dtype=torch.long))
+
+
 def test_the_choice_of_a_model_is_its_own() -> None:
     settings = {"block_size": BLOCK, "sparse_block_size": BLOCK, "max_position_embeddings": 64}
     model = lsg_patch.patch_model(tiny_model("bert"), sparsity_type="norm", **settings)

@@ -132,6 +132,9 @@ def test_what_cannot_be_tuned_is_told_of(checkpoint: Path, tmp_path: Path, capsy
 
     (tmp_path / "wrong.jsonl").write_text('{"body": "w5"}', "utf-8")
     assert "wrong.jsonl is no text, and no .jsonl" in told("--file", tmp_path / "wrong.jsonl")
+    for text in ("null", '["a", "b"]'):
+        (tmp_path / "wrong.jsonl").write_text(f'{{"text": {text}}}', "utf-8")
+        assert "wrong.jsonl is no text, and no .jsonl" in told("--file", tmp_path / "wrong.jsonl")
     (tmp_path / "few").mkdir()
     own_texts(tmp_path / "few", 2, 20)
     assert "0 of 2 texts have a passage of 40 tokens" in told("--file", tmp_path / "few")
@@ -161,3 +164,10 @@ def test_the_best_is_told_with_its_doubts() -> None:
     assert "includes 0" in tuning.verdict(rows)[1]
     rows[0]["mrr"][0] = 0.7
     assert "Not patched" in tuning.verdict(rows)[2]
+
+
+def test_lines_of_a_file_end_where_json_lines_do(tmp_path: Path) -> None:
+    texts = ["one\u2028two", "three\x85four"]
+    lines = "\r\n \n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "texts.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert tuning.read_texts([tmp_path / "texts.jsonl"]) == texts

@@ -347,7 +347,10 @@ def _with_first_token_global(
         settings = settings._replace(choose_by=doubled(settings.choose_by))
     elsewhere = mask & (torch.arange(length, device=query.device) > 0)
     # weighted pooling uses the first token's query, and counts that token at its own position
-    weighs = settings.sparsity_type == "bos_pooling" and settings.geometry.sparsity_factor > 1
+    factor, weighing = settings.geometry.sparsity_factor, ["bos_pooling"]
+    if factor == settings.geometry.sparse_block_size:
+        weighing.append("lsh")  # of one bucket: the same
+    weighs = settings.sparsity_type in weighing and factor > 1
     if settings.bias is not None:
         positions = settings.bias.positions
         positions = (

@@ -112,8 +112,10 @@ class Family:
     Attributes:
         name: as in the error messages and tables.
         base_classes: class names of the base models (also of what they are derived from).
-        attentions: the self-attention modules, ``*`` for the index of a layer.
-        stack: the module that runs the layers; what goes in and out of it is changed there.
+        attentions: the self-attention modules, ``*`` for the index of a layer. They return a tuple,
+            their output first.
+        stack: the module that runs the layers; what goes in and out of it is changed there. Its mask
+            is 1 or True for tokens, or, of four dimensions, what is added to scores.
         embeddings: it embeds the tokens, and it holds the global ones, so that they are in the
             state dict where the reference has them. Where the stack embeds its input itself (BART's
             encoder), it is the ``stack``.
@@ -133,7 +135,8 @@ class Family:
         computed_positions: the position table of another length, (offset + length, width), where a
             formula gives it, else None: ``computed_positions(rows, offset, length, config)`` of the
             old ``rows`` (offset + n, width), with which it begins.
-        position_buffers: buffers of ``embeddings`` as long as the position table.
+        position_buffers: buffers of ``embeddings`` as long as the position table, (n,) or (1, n):
+            ``position_ids`` count up from their first, others are 0.
         decoder: the module that reads what the encoder gives; its attention is not patched.
         decoder_positions: its position table, below the base model. It grows as well: heads for
             classification and questions read the whole input by the decoder too, and a saved

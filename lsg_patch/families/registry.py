@@ -139,7 +139,7 @@ def find_base(model: nn.Module) -> tuple[nn.Module, Family]:
 
     Raises:
         TypeError: ``model`` holds no base model of a known family; the message says why where it is
-            known to be impossible.
+            known to be impossible. Or that model has no config.
         ValueError: it holds several.
     """
     of_each = ((name, module, family_of(module)) for name, module in model.named_modules())
@@ -159,4 +159,9 @@ def find_base(model: nn.Module) -> tuple[nn.Module, Family]:
             "patch each of them for itself"
         )
     _, base, family = known[0]
+    if not hasattr(base, "config"):
+        raise TypeError(
+            f"{type(base).__name__} has no config: give it one, which states max_position_embeddings where "
+            "the model has a table of positions"
+        )
     return base, family

@@ -84,13 +84,16 @@ def resize_positions(
 
 
 def resize_buffers(owner: nn.Module, names: tuple[str, ...], rows: int, journal: Journal) -> None:
-    """Give the (1, n) buffers of ``owner`` that exist ``rows`` entries: positions count up, types are 0."""
+    """Give the buffers (1, n) or (n,) of ``owner`` that exist ``rows`` entries: positions count up from
+    their first, types are 0.
+    """
     for name in names:
         old = getattr(owner, name, None)
         if isinstance(old, Tensor):
             journal.of(owner).record(BufferResized(owner, name, old))
-            counted = torch.arange(rows, dtype=old.dtype, device=old.device).expand(1, -1)
-            new = counted.clone() if name == "position_ids" else torch.zeros_like(counted)
+            new = old.new_zeros(*old.shape[:-1], rows)
+            if name == "position_ids":
+                new += torch.arange(rows, dtype=old.dtype, device=old.device) + old[..., :1]
             setattr(owner, name, new)
 
 

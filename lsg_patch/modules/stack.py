@@ -414,8 +414,10 @@ class LeaveModel:
     num_layers: int
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        last: Tensor = output[0]
-        values = output if isinstance(output, tuple) else output.values()
+        if isinstance(output, Tensor):
+            return output
+        values = output if isinstance(output, tuple) else tuple(output.values())
+        last: Tensor = values[0]
         if any(_are_recorded(value) for value in values):
             mask = compat.padding_mask(self.call.get(self.call.mask, args, kwargs))
             layout = lay_out_step(mask, last.shape[1], self.config, last.device)

@@ -148,8 +148,6 @@ def _cases(draw: st.DrawFn, sparsity_type: str, first_token_global: bool) -> Cas
     # Most cases are to reach the sparse windows: 0 switches them off.
     multiples = st.integers(1, max(1, 24 // factor)).map(lambda n: n * factor)
     sparse_block_size = draw(st.one_of(multiples, multiples, multiples, st.just(0)))
-    if first_token_global and sparsity_type == "lsh" and sparse_block_size == factor:
-        sparse_block_size *= 2  # the stand-alone layers know no lsh: not defined as bos_pooling
     # Between one token and nine blocks.
     tokens = draw(
         st.one_of(
@@ -866,3 +864,19 @@ def test_empty_batch(sparsity_type: str, backend: str, is_causal: bool, tokens: 
         assert output.shape == (0, HEADS, tokens + 2, HEAD_DIM)
         for gradient in torch.autograd.grad(output.sum(), inputs):
             assert gradient.shape == inputs[0].shape
+
+
+def test_lsh_of_one_bucket_is_bos_pooling_with_a_first_token_that_is_global() -> None:
+    inputs = torch.randn(3, 2, 4, 75, 8, generator=torch.Generator().manual_seed(0))
+    found = [
+        lsg_attention(
+            *inputs,
+            block_size=8,
+            sparse_block_size=4,
+            sparsity_factor=4,
+            sparsity_type=kind,
+            first_token_global=True,
+        )
+        for kind in ("lsh", "bos_pooling")
+    ]
+    assert torch.equal(*found)

@@ -45,6 +45,17 @@ def test_what_comes_after_the_mean_is_applied(tmp_path: Path) -> None:
     torch.testing.assert_close(chunks.embeddings, expected, rtol=0, atol=1e-5)
 
 
+def test_a_vector_is_cut_as_encode_cuts_it(tmp_path: Path) -> None:
+    part = modules.Transformer(folder_of(tmp_path, "BertModel"))
+    model = sentence_transformers.SentenceTransformer(
+        modules=[part, modules.Pooling(32)], truncate_dim=8, device="cpu"
+    )
+    expected = torch.as_tensor(model.encode(["w5 w6 w7"], normalize_embeddings=True))
+    [chunks] = lsg_patch.chunk_embeddings(model, None, ["w5 w6 w7"])
+    assert chunks.embeddings.shape == (1, 8)
+    torch.testing.assert_close(chunks.embeddings, expected, rtol=0, atol=1e-5)
+
+
 def test_what_is_no_mean_is_refused(tmp_path: Path) -> None:
     part = modules.Transformer(folder_of(tmp_path, "BertModel"))
     pooling = modules.Pooling(32, pooling_mode="cls")

@@ -139,3 +139,64 @@ def test_a_registered_family_comes_before_a_refusal() -> None:
 
     model = tiny_model("bert", BigBirdPreTrainedModel)
     assert lsg_patch.is_patched(lsg_patch.patch_model(model))
+
+
+class Embeddings(nn.Module):
+    """With positions behind two rows of another use, counted in a buffer."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.word_embeddings, self.position_embeddings = nn.Embedding(120, 32), nn.Embedding(66, 32)
+        self.LayerNorm, self.dropout = nn.LayerNorm(32), nn.Dropout(0.0)
+        counted = torch.arange(2, 66)
+        self.register_buffer("position_ids", counted if dims == 1 else counted[None])
+
+    def forward(self, ids: Any) -> Any:
+        places = self.position_embeddings(self.position_ids[..., : ids.shape[1]])
+        return self.LayerNorm(self.word_embeddings(ids) + places)
+
+
+class Lone(nn.Module):
+    """What it gives is a tensor; its mask is by keyword alone."""
+
+    def __init__(self, dims: int, with_config: bool = True) -> None:
+        super().__init__()
+        bert = tiny_model("bert")
+        self.embeddings, self.encoder = Embeddings(dims), bert.encoder
+        if with_config:
+            self.config = bert.config
+
+    def forward(self, input_ids: Any, *, attention_mask: Any = None) -> Any:
+        mask = None if attention_mask is None else attention_mask[:, None, None] == 1
+        return self.encoder(self.embeddings(input_ids), attention_mask=mask)[0]
+
+
+LONE = Family(
+    "lone",
+    ("Lone",),
+    token_types=None,
+    position_offset=lambda table: 2,
+    config_counts_offset=False,
+)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_model_of_tensors_alone(dims: int) -> None:
+    lsg_patch.register_family(LONE)
+    torch.manual_seed(0)
+    model, mask = Lone(dims).eval(), right_padded(30, 14)
+    ids, buffer = ids_like(mask, "bert"), model.embeddings.position_ids.clone()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask)
+        with lsg_patch.patched(model, block_size=16, max_position_embeddings=200):
+            actual = model(ids, attention_mask=mask)
+            assert model(ids.repeat(1, 5)).shape == (2, 150, 32)
+            assert model.embeddings.position_ids.flatten()[:3].tolist() == [2, 3, 4]
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+    assert torch.equal(model.embeddings.position_ids, buffer)
+
+
+def test_a_model_without_a_config_is_refused() -> None:
+    lsg_patch.register_family(LONE)
+    with pytest.raises(TypeError, match="Lone has no config: give it one"):
+        lsg_patch.patch_model(Lone(2, with_config=False))
