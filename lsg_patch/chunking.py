@@ -109,6 +109,11 @@ def chunk_embeddings(
     module = module_of(model)
     tokenizer = tokenizer or tokenizer_in(model) or tokenizer_in(module)
     _check(tokenizer, texts, chunk_tokens, overlap, boundaries, batch_size)
+    if is_patched(module) and not get_config(module).adaptive:
+        raise ValueError(
+            "the model was patched with adaptive=False, and texts are of any length: patch it with "
+            "adaptive=True"
+        )
     after, limit = _after_pooling(module), _limit(module, tokenizer)
     base: Any = find_base(module)[0]
     encoder = base.get_encoder() if base.config.is_encoder_decoder else base

@@ -272,6 +272,10 @@ def _check(program: Program, places: tuple[Path, ...], opset: int | None, overwr
         (is_half, f"{name} is not in float32: model.float() first"),
         (program.model.training, f"{name} is in training mode: model.eval() first"),
         (
+            not get_config(program.model).adaptive,
+            f"{name} is patched with adaptive=False, a program takes any length: pass adaptive=True",
+        ),
+        (
             opset is not None and not OLDEST_OPSET <= opset <= newest,
             f"opset={opset} is none of {OLDEST_OPSET} to {newest}: pass one of these, or leave it out",
         ),

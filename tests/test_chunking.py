@@ -211,6 +211,12 @@ def test_padding_is_masked_where_the_tokenizer_says_nothing(model: Any, tokenize
         torch.testing.assert_close(one.embeddings, other.embeddings, rtol=0, atol=1e-5)
 
 
+def test_a_model_of_whole_blocks_is_refused(tokenizer: Any) -> None:
+    model = lsg_patch.patch_model(tiny_model("bert"), adaptive=False, **SETTINGS)
+    with pytest.raises(ValueError, match="adaptive=False, and texts are of any length"):
+        lsg_patch.chunk_embeddings(model, tokenizer, [text_of(9)])
+
+
 def test_a_text_of_no_token_is_refused(model: Any, tokenizer: Any) -> None:
     [empty] = lsg_patch.chunk_embeddings(model, tokenizer, [""])
     assert empty.embeddings.isfinite().all()  # of its special tokens

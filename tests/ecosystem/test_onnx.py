@@ -137,6 +137,11 @@ def decoder() -> nn.Module:
         (lambda: encoder().model, {"opset": 99}, "opset=99 is none of 18 to .* leave it out"),
         (lambda: encoder().model.double(), {}, r"model.float\(\) first"),
         (lambda: encoder().model.train(), {}, r"model.eval\(\) first"),
+        (
+            lambda: lsg_patch.patch_model(tiny_model("bert"), adaptive=False, **SETTINGS),
+            {},
+            "adaptive=False, a program takes any length",
+        ),
         (lambda: encoder().model, {"path": "no/such/model.onnx"}, "no folder .* make it first"),
         (lambda: encoder().model, {"path": "there.onnx"}, "there already: name another"),
         (
@@ -153,6 +158,7 @@ def decoder() -> nn.Module:
         "new opset",
         "float64",
         "training",
+        "whole blocks",
         "folder",
         "file",
         "int8 file",
