@@ -58,6 +58,8 @@ def _hook_stack(
         family.relative_bias,
         plan.global_positions,
         plan.is_causal,
+        # turned values say where they are, all else how far apart two tokens are
+        from_text=plan.rotary is not None and not plan.rotary.turns_values(plan.attentions[0]),
     )
     journal.before(plan.stack, enter_stack)
     journal.after(plan.stack, stack.LeaveStack(of_stack))

@@ -331,7 +331,8 @@ class EnterStack:
 
     With ``rotary`` positions their rotation is as well, which the base model hands to the stack, or
     which is made here. ``relative_bias`` gives the table of a ``RelativeBias``, of the stack;
-    ``of_globals`` are the positions of the global tokens.
+    ``of_globals`` are the positions of the global tokens. ``from_text``: positions count from where the
+    text begins, so that those of global tokens are in a table whatever padding is on the left.
     """
 
     config: LSGConfig
@@ -341,6 +342,7 @@ class EnterStack:
     relative_bias: Callable[[Any], Tensor] | None
     of_globals: tuple[int, ...]
     is_causal: bool
+    from_text: bool
 
     def __call__(self, stack: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call, first = self.call, self.call.names[0]
@@ -365,6 +367,8 @@ class EnterStack:
             """Those of the global tokens, and of the last ``length`` of the tokens that are seen."""
             tokens = torch.arange(seen, device=hidden.device)[None]
             of_all = with_globals_in_front(tokens, mask, self.of_globals)
+            if self.from_text and mask is not None and self.of_globals:
+                of_all = (of_all - of_all[:, :1]).clamp(min=0)
             if seen == length:
                 return of_all
             return torch.cat([of_all[:, : len(self.of_globals)], of_all[:, -length:]], dim=1)

@@ -157,3 +157,17 @@ def test_compiles_without_a_break() -> None:
     ids = ids_like(mask, "roformer")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_same(run(compiled, ids, mask), run(model, ids, mask), mask, 1e-5)
+
+
+@pytest.mark.parametrize("unpad", [False, None])
+def test_padding_pushes_no_global_token_out_of_the_table(unpad: bool | None) -> None:
+    model = tiny_model("roformer", max_position_embeddings=512)
+    settings = {"block_size": 32, "sparse_block_size": 32, "max_position_embeddings": 512}
+    lsg_patch.patch_model(model, num_global_tokens=8, unpad=unpad, **settings)
+    text, outputs = ids_like(torch.ones(1, 200, dtype=torch.long), "roformer"), []
+    for left in (0, 100, 312):
+        padding = torch.zeros(1, left, dtype=torch.long)
+        ids, mask = (torch.cat([padding, x], dim=1) for x in (text, torch.ones_like(text)))
+        outputs.append(run(model, ids, mask)["last_hidden_state"][:, left:])
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=0, atol=1e-5)
