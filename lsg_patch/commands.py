@@ -364,9 +364,9 @@ def _was_saved_patched(name: str, may_be: bool = False) -> bool:
 
 def _load_encoder(name: str) -> tuple[Any, Any]:
     """A SentenceTransformer and its tokenizer where ``name`` is one, else what ``_load`` gives."""
-    from lsg_patch.compat import hub_file
+    from lsg_patch.weights import Source
 
-    if not (Path(name, "modules.json").is_file() or hub_file(name, "modules.json")):
+    if Source.of(name, {}).find("modules.json") is None:
         return _load(name)
     _was_saved_patched(name)
     try:

@@ -20,6 +20,8 @@ from peft import (
 
 import lsg_patch
 from tests.models import ids_like, right_padded, tiny_model
+from tests.seq2seq import ids_like as tiny_ids
+from tests.seq2seq import tiny_model as tiny_seq2seq
 from tests.test_patching import fingerprint
 
 SETTINGS: dict[str, Any] = {"block_size": 8, "sparse_block_size": 8, "max_position_embeddings": 100}
@@ -181,3 +183,20 @@ def test_an_adapter_of_another_number_of_global_tokens(
     assert "only the first 1 of 2 global tokens are loaded" in caplog.text
     with pytest.raises(RuntimeError, match=r"global_embeddings.*\[2, 32\].*\[4, 32\]"):
         PeftModel.from_pretrained(patched_classifier(num_global_tokens=4), tmp_path)
+
+
+def test_positions_that_peft_keeps_a_copy_of() -> None:
+    """Of BART's encoder, where the patch adds them itself; the model reverts after the adapter is gone."""
+    ids, short = tiny_ids(right_padded(60, 41)), tiny_ids(right_padded(16))
+    plain = tiny_seq2seq("bart", "ForConditionalGeneration")(short).logits
+    model = lsg_patch.patch_model(tiny_seq2seq("bart", "ForConditionalGeneration"), **SETTINGS)
+    expected = model(ids).logits
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_positions"])
+    adapted = get_peft_model(model, config).eval()
+    logits = adapted(ids).logits
+    assert torch.equal(logits, expected)
+    logits.square().sum().backward()
+    name = "encoder.embed_positions.modules_to_save"
+    [table] = [p for x, p in adapted.named_parameters() if name in x]
+    assert table.grad is not None and table.grad.abs().sum() > 0
+    assert torch.equal(lsg_patch.unpatch_model(adapted.merge_and_unload())(short).logits, plain)
