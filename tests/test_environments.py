@@ -37,6 +37,12 @@ def test_the_workflow_has_a_job_for_each() -> None:
         assert f"tox -e {weekly}" in WORKFLOW
 
 
+def test_actions_are_pinned_by_hash() -> None:
+    files = sorted((ROOT / ".github" / "workflows").iterdir())
+    used = [x for f in files for x in re.findall(r"uses: *(\S+)", f.read_text(encoding="utf-8"))]
+    assert used and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in used), used
+
+
 def test_the_tested_range_is_that_of_the_package() -> None:
     releases = [numbers(pins.transformers)[:2] for pins in pinned().values()]
     assert (min(releases), max(releases)) == (
