@@ -62,8 +62,9 @@ def _hook_stack(
         from_text=plan.rotary is not None and not plan.rotary.turns_values(plan.attentions[0]),
     )
     journal.before(plan.stack, enter_stack)
-    journal.after(plan.stack, stack.LeaveStack(of_stack))
-    if not compat.stack_collects_hidden_states(plan.stack):
+    for_model = not compat.stack_collects_hidden_states(plan.stack)
+    journal.after(plan.stack, stack.LeaveStack(of_stack, for_model))
+    if for_model:
         edges.after(base, stack.LeaveModel(config, check.call, num_layers), journal)
 
 

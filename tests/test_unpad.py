@@ -11,6 +11,7 @@ import torch
 
 import lsg_patch
 from lsg_patch.attention import SPARSITY_TYPES
+from lsg_patch.modules import layout
 from tests import seq2seq
 from tests.models import (
     FAMILIES,
@@ -255,6 +256,41 @@ def test_a_compiled_model_is_padded(part: str) -> None:
     with torch.no_grad():
         got = packed(ids, RIGHT, output_hidden_states=True)
         want = padded(ids, RIGHT, output_hidden_states=True)
+    for x, y in zip(got.hidden_states, want.hidden_states, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
+def test_a_batch_is_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the base model, and not its stack, has recorded the hidden states."""
+    calls: list[str] = []
+    for name in ("pack", "place"):
+        own = getattr(layout, name)
+        monkeypatch.setattr(layout, name, lambda *x, own=own, n=name: calls.append(n) or own(*x))
+    padded, packed = pair("bert")
+    ids = ids_like(RIGHT, "bert")
+    with torch.no_grad():
+        want = padded(ids, RIGHT, output_hidden_states=True)
+        assert calls == ["place"]
+        calls.clear()
+        got = packed(ids, RIGHT, output_hidden_states=True)
+    blocks = {-(-int(length) // 8) for length in RIGHT.sum(1)}
+    assert calls == ["pack", *["place"] * len(blocks)]
+    for x, y in zip(got.hidden_states, want.hidden_states, strict=True):
+        assert_same({"states": x}, {"states": y}, RIGHT, 1e-5)
+
+
+def test_hidden_states_are_in_order_after_a_call_that_failed() -> None:
+    """What the stack noted for its model is not taken for a note of the next call."""
+    padded, packed = pair("bert")
+    ids, other = ids_like(RIGHT, "bert"), RIGHT.flip(0)
+    fails = packed.pooler.register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        packed(ids, RIGHT)
+    fails.remove()
+    packed.encoder.compile(backend="eager")  # which notes nothing
+    with torch.no_grad():
+        got = packed(ids_like(other, "bert"), other, output_hidden_states=True)
+        want = padded(ids_like(other, "bert"), other, output_hidden_states=True)
     for x, y in zip(got.hidden_states, want.hidden_states, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 

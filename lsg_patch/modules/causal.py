@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lsg_patch.compat import Args, KeyCache, Kwargs
 from lsg_patch.config import LSGConfig
-from lsg_patch.modules.layout import Layout, lay_out, leave
+from lsg_patch.modules.layout import Layout, lay_out, take_rows
 
 
 def lay_out_step(
@@ -57,7 +57,7 @@ def with_earlier_keys(
         return key, value, ()
 
     def in_order(x: Tensor) -> Tensor:
-        return change_heads(x, lambda rows: leave(rows, layout))
+        return change_heads(x, lambda states: take_rows(states, layout.rows))
 
     keys, values, returned = cache.extend(attention, in_order(key), in_order(value), args, kwargs)
     own = key.shape[2] - num_global

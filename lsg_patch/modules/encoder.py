@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lsg_patch import compat
 from lsg_patch.compat import Args, Kwargs, Signature
 from lsg_patch.config import LSGConfig
-from lsg_patch.modules.layout import enter, lay_out, leave
-from lsg_patch.modules.stack import CheckInput, given_back, map_output, wants_attentions
+from lsg_patch.modules.layout import enter, lay_out
+from lsg_patch.modules.stack import CheckInput, in_order, wants_attentions
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,11 @@ class LeaveEncoder:
         carriers = (self.call.get(name, args, kwargs) for name in (self.call.mask, "head_mask"))
         mask: Any = compat.padding_mask(*carriers)
         keep = self.config.pass_global_tokens_to_decoder
-        layout = lay_out(mask, mask.shape[1], self.config, mask.device, pool=not keep)
+        rows = lay_out(mask, mask.shape[1], self.config, mask.device, pool=not keep).rows
         if keep:
             first = torch.arange(self.config.num_global_tokens, device=mask.device)
-            rows = torch.cat([first.expand(layout.rows.shape[0], -1), layout.rows], dim=1)
-            layout = layout._replace(rows=rows)
-        output = map_output(output, lambda x: given_back(x, lambda rows: leave(rows, layout)))
+            rows = torch.cat([first.expand(rows.shape[0], -1), rows], dim=1)
+        output = in_order(output, rows)
         if not isinstance(output, tuple) and wants_attentions(self.call, encoder, args, kwargs):
             output["attentions"] = (None,) * self.num_layers
         return output

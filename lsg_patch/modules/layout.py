@@ -248,7 +248,7 @@ def enter(
         if placement.turned:
             globals_ = torch.arange(num_global, device=x.device).expand(tokens.shape[0], -1)
             rows = torch.cat([globals_, num_global + tokens], dim=1)
-            return _take_rows(x if rows.shape[0] == 1 else x.expand(rows.shape[0], -1, -1), rows)
+            return take_rows(x if rows.shape[0] == 1 else x.expand(rows.shape[0], -1, -1), rows)
         if placement.num_replaced:
             x = torch.cat([x[:, :num_global], x[:, num_global + placement.num_replaced :]], dim=1)
         missing = num_global + tokens.shape[1] - x.shape[1]
@@ -321,13 +321,11 @@ def with_globals_in_front(
     return torch.cat([globals_, tokens.expand(first.shape[0], -1)], dim=1)
 
 
-def leave(hidden: Tensor, layout: Layout) -> Tensor:
-    """``hidden`` (B or 1, N, width) of the stack as (B, T0, width), in the input's order."""
-    return _take_rows(hidden, layout.rows)
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows (1 or B, n) of ``x`` (B, m, width), as (B, n, width).
 
-
-def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows (1 or B, n) of ``x`` (B, m, width), as (B, n, width)."""
+    With those of a ``Layout``: what the stack has, in the input's order. Of packed ``x`` (1, N, width).
+    """
     if rows.shape[0] == 1:
         return x.index_select(1, rows[0])
     batch, length, width = x.shape

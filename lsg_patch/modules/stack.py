@@ -24,7 +24,7 @@ from lsg_patch.compat import Args, Kwargs, Signature
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
 from lsg_patch.modules.causal import change_heads, lay_out_step
-from lsg_patch.modules.layout import enter, leave, packing_of, with_globals_in_front
+from lsg_patch.modules.layout import Layout, enter, take_rows, with_globals_in_front
 from lsg_patch.modules.link import Link
 
 
@@ -151,6 +151,8 @@ class EnterModel:
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call = self.check.call
+        for variable in (_RATIO, _ROWS):  # an earlier call may have failed in between
+            _note(variable, None)
         given, mask, cached = self.check(base, args, kwargs)
         if given is None:
             return args, kwargs
@@ -202,6 +204,21 @@ class LinkStack:
 NOTE = "lsg_global_tokens"
 # how the words of these are scaled, (B, 1, 1), where a hook of others gave a tensor without the note
 _RATIO: ContextVar[Tensor | None] = ContextVar("ratio", default=None)
+# the stack's rows that the tokens of the input are given back from, (1 or B, T0)
+_ROWS: ContextVar[Tensor | None] = ContextVar("rows", default=None)
+
+
+def _note(variable: ContextVar[Tensor | None], value: Tensor | None) -> None:
+    """For a later hook of the same call; compiled code notes nothing."""
+    if not is_compiling():
+        variable.set(value)
+
+
+def _noted(variable: ContextVar[Tensor | None]) -> Tensor | None:
+    """What was noted, which is then forgotten."""
+    value = None if is_compiling() else variable.get()
+    _note(variable, None)
+    return value
 
 
 @dataclass(frozen=True)
@@ -243,10 +260,7 @@ class GlobalTokens:
         rows, differentiable = getattr(embedded, NOTE, (None, None))
         if rows is not None and not is_compiling():
             delattr(embedded, NOTE)  # a tensor that is used again must not carry an old note
-        ratio = None
-        if not is_compiling():
-            ratio = _RATIO.get()
-            _RATIO.set(None)
+        ratio = _noted(_RATIO)
         if rows is None or differentiable != torch.is_grad_enabled():
             embeddings: Any = base.get_submodule(self.embeddings)
             fits = ratio is not None and len(ratio) == len(embedded)
@@ -276,8 +290,7 @@ class NoteGlobals:
             ratio = scale / self.word_scale(embeddings, None, None)
         elif is_compiling():
             return output  # not every compiler knows attributes of tensors
-        if not is_compiling():
-            _RATIO.set(ratio)
+        _note(_RATIO, ratio)
         rows = self.tokens.of(embeddings, output, ratio)
         if rows.requires_grad and not is_compiling():
             rows, output = _Together.apply(rows, output)
@@ -400,13 +413,19 @@ def leave_out(*args: Any, **kwargs: Any) -> None:
 
 @dataclass(frozen=True)
 class LeaveStack:
-    """After the layer stack: its output, and what it collected, in the input's order."""
+    """After the layer stack: its output, and what it collected, in the input's order.
+
+    ``for_model``: the base model has collected something, too, and is told of the order.
+    """
 
     call: Signature
+    for_model: bool
 
     def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        layout = self.call.get(self.call.mask, args, kwargs)
-        return map_output(output, lambda x: given_back(x, lambda rows: leave(rows, layout)))
+        layout: Layout = self.call.get(self.call.mask, args, kwargs)
+        if self.for_model:
+            _note(_ROWS, layout.rows)
+        return in_order(output, layout.rows)
 
 
 @dataclass(frozen=True)
@@ -418,27 +437,16 @@ class LeaveModel:
     num_layers: int
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        rows = _noted(_ROWS)
         if isinstance(output, Tensor):
             return output
         values = output if isinstance(output, tuple) else tuple(output.values())
         last: Tensor = values[0]
         if any(_are_recorded(value) for value in values):
-            mask = compat.padding_mask(self.call.get(self.call.mask, args, kwargs))
-            layout = lay_out_step(mask, last.shape[1], self.config, last.device)
-            packing = packing_of(mask, self.config)
-
-            def in_order(rows: Tensor) -> Tensor:
-                # the last one was replaced by the output, which has left the stack already
-                if rows is last:
-                    return rows
-                # a stack that is compiled by itself is not packed: the states themselves tell
-                if packing is not None and rows.shape[:2] == (1, len(packing.taken)):
-                    return leave(rows, packing.layout)
-                return leave(rows, layout)
-
-            output = map_output(
-                output, lambda x: x if isinstance(x, Tensor) else given_back(x, in_order)
-            )
+            if rows is None:  # compiled stacks note nothing, and are not packed
+                mask = compat.padding_mask(self.call.get(self.call.mask, args, kwargs))
+                rows = lay_out_step(mask, last.shape[1], self.config, last.device).rows
+            output = in_order(output, rows, last)
         if not isinstance(output, tuple) and wants_attentions(self.call, base, args, kwargs):
             output["attentions"] = (None,) * self.num_layers
         return output
@@ -450,19 +458,32 @@ def wants_attentions(call: Signature, owner: nn.Module, args: Args, kwargs: Kwar
     return bool(getattr(owner.config, "output_attentions", False) if asked is None else asked)
 
 
-def given_back(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` of an output, with ``change`` applied to what has rows of the stack.
+def in_order(output: Any, rows: Tensor, last: Tensor | None = None) -> Any:
+    """A model's output, a tuple or a lone tensor, with its rows of the stack in the input's order.
 
     These are hidden states (B, N, width), a lone one or several, and maps (B, H, N, S) over the states
-    of an encoder, the only ones that there are.
+    of an encoder, the only ones that there are. Of a base model, which replaces the last one recorded
+    by its own ``last``, lone ones are in order already.
     """
-    if isinstance(value, Tensor):
-        return change(value)
-    if not _are_recorded(value):
-        return value
-    return tuple(
-        x if x is None else change(x) if x.dim() == 3 else change_heads(x, change) for x in value
-    )
+
+    def change(states: Tensor) -> Tensor:
+        return states if states is last else take_rows(states, rows)
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value) if last is None else value
+        if not _are_recorded(value):
+            return value
+        return tuple(
+            x if x is None else change(x) if x.dim() == 3 else change_heads(x, change)
+            for x in value
+        )
+
+    if isinstance(output, Tensor):
+        return changed(output)
+    if isinstance(output, tuple):
+        return tuple(map(changed, output))
+    return type(output)(**{name: changed(value) for name, value in output.items()})
 
 
 def _are_recorded(value: Any) -> bool:
@@ -472,12 +493,3 @@ def _are_recorded(value: Any) -> bool:
         and any(x is not None for x in value)
         and all(x is None or (isinstance(x, Tensor) and x.dim() in (3, 4)) for x in value)
     )
-
-
-def map_output(output: Any, change: Callable[[Any], Any]) -> Any:
-    """``change`` applied to the values of a model output, of a tuple, or of a lone tensor."""
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, tuple):
-        return tuple(change(value) for value in output)
-    return type(output)(**{name: change(value) for name, value in output.items()})
