@@ -1,4 +1,4 @@
-"""Transforms of torch.func over patched models: gradients of each sample, ensembles, at every length."""
+"""Transforms of torch.func over patched models, and runs without values, at every length."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import lsg_patch
@@ -78,3 +79,22 @@ def test_ensembles_over_stacked_parameters(length: int, masked: bool) -> None:
         found = vmap(call)(parameters, buffers)
     seen = slice(None) if mask is None else mask.bool()
     torch.testing.assert_close(found[:, seen], expected[:, seen], rtol=0, atol=1e-4)
+
+
+@LENGTHS
+@MASKED
+@pytest.mark.parametrize("training", [False, True])
+def test_shapes_are_known_without_values(length: int, masked: bool, training: bool) -> None:
+    """As those who plan memory run a model: nothing of a tensor can be looked at."""
+    model = lsg_patch.patch_model(tiny_model("bert"), **SETTINGS).train(training)
+    model.config.pad_token_id = None  # as above
+    ids, mask = tokens(length, masked)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.set_grad_enabled(training):
+        output = model(ids, mask).last_hidden_state
+        if training:
+            output.sum().backward()
+    assert type(output).__name__ == "FakeTensor"
+    assert output.shape == (*ids.shape, model.config.hidden_size)
+    grads = [parameter.grad for parameter in model.parameters()]
+    assert any(x is not None for x in grads) == training

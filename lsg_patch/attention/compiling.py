@@ -27,14 +27,17 @@ def keeps_operations() -> bool:
 
 
 def is_compiling() -> bool:
-    """Whether torch.compile, torch.export, torch.jit.trace, a CUDA graph or a transform of torch.func
-    is following this call: then no value can be looked at, and memory is not to be written to.
+    """Whether torch.compile, torch.export, torch.jit.trace, a CUDA graph, a transform of torch.func or a
+    mode of tensors without values (FakeTensorMode) is following this call: then no value can be looked at,
+    and memory is not to be written to.
     """
     compiler = getattr(torch.compiler, "is_compiling", None)  # torch 2.3 and later
     if compiler() if compiler else torch._dynamo.is_compiling():
         return True
     # torch's own autograd functions ask for transforms in this way
     if is_exporting() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
