@@ -84,7 +84,7 @@ def _hook_embeddings(
         family.embeddings,
         family.global_path,
         positions=family.positions if plan.rotary is None else None,
-        places=tuple(plan.offset + position for position in plan.global_positions),
+        position_rows=tuple(plan.offset + position for position in plan.global_positions),
         projection=None if projection is None else family.projection,
     )
     journal.after(plan.embeddings, stack.NoteGlobals(tokens, call, family.word_scale))

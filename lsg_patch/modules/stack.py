@@ -226,25 +226,25 @@ class GlobalTokens:
     """Global tokens for embedded ones, having passed what a word passes.
 
     Where the words of a row are scaled otherwise than usual, its global tokens are as well, but for
-    what they have of a position: the rows ``places`` of the table ``positions``. The modules of
+    what they have of a position: ``position_rows`` of the table ``positions``. The modules of
     ``path`` are in the ``embeddings`` of the base model, which has the ``projection`` too, if any.
     """
 
     embeddings: str
     path: tuple[str, ...]
     positions: str | None
-    places: tuple[int, ...]
+    position_rows: tuple[int, ...]
     projection: str | None
 
     def of(self, embeddings: Any, embedded: Tensor, ratio: Tensor | None = None) -> Tensor:
         """(B, g, width) for ``embedded`` (B, T0, width), words being scaled ``ratio`` (B, 1, 1) times."""
         rows: Tensor = embeddings.global_embeddings(embedded)
         if ratio is not None:
-            place: Tensor | float = 0.0
+            position: Tensor | float = 0.0
             if self.positions is not None:
-                places = torch.tensor(self.places, device=rows.device)
-                place = getattr(embeddings, self.positions)(places)
-            rows = (place + ratio * (rows - place)).to(rows.dtype)
+                ids = torch.tensor(self.position_rows, device=rows.device)
+                position = getattr(embeddings, self.positions)(ids)
+            rows = (position + ratio * (rows - position)).to(rows.dtype)
         for name in self.path:
             module = getattr(embeddings, name)
             # by forward: the hooks of others see the tokens alone
