@@ -108,12 +108,9 @@ def check_loaded(
     if not any(name.endswith((words, "shared.weight")) for name in stored):
         raise ValueError(f"{path!r} lacks {words}: {_MEND}")
     missing = set(info["missing_keys"])
-    shared: dict[int, set[str]] = {}
-    for name, parameter in model.state_dict(keep_vars=True).items() if missing else ():
-        shared.setdefault(id(parameter), set()).add(name)
-    for names in shared.values():
-        if not names <= missing:
-            missing -= names  # tied to a weight that was read
+    state = model.state_dict(keep_vars=True) if missing else {}
+    read = {id(weight) for name, weight in state.items() if name not in missing}
+    missing -= {name for name, weight in state.items() if id(weight) in read}  # tied to one of them
     found: dict[str, Iterable[str]] = {
         "lacks": missing,
         "has no place in the model for": info["unexpected_keys"],
