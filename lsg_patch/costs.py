@@ -125,13 +125,7 @@ def time_forwards(
     found = []
     for length in lengths:
         ours = replace(config, max_position_embeddings=length)
-        whole = replace(
-            ours,
-            block_size=-(-length // 2),
-            sparse_block_size=0,
-            sparsity_factor=1,
-            sparsity_type="none",
-        )
+        whole = replace(ours, block_size=-(-length // 2), sparsity_type="none")
         sides = [
             patch_model(copy.deepcopy(model), side, tokenizer=copy.copy(tokenizer))
             for side in (whole, ours)
