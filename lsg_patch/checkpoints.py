@@ -30,7 +30,6 @@ Loaded = TypeVar("Loaded", bound=nn.Module)
 _INFO = "output_loading_info"
 # keywords of a load that configs have attributes of too
 _OF_THE_LOAD = ("torch_dtype", "dtype", "attn_implementation", "quantization_config")
-ROWS = f"{GLOBAL_EMBEDDINGS}.weight"
 PATTERN = rf"(^|\.){GLOBAL_EMBEDDINGS}\.weight$"
 
 
@@ -288,7 +287,7 @@ def _rows_of(rows: dict[str, Tensor], base: str, family: Family, saved: LSGConfi
     """Of the global tokens in a checkpoint those of the model ``base``, which may be in another head."""
     if saved.num_global_tokens == 0:
         return None
-    place = f"{family.embeddings}.{ROWS}"
+    place = f"{family.embeddings}.{GLOBAL_EMBEDDINGS}.weight"
     exact = f"{base}.{place}" if base else place
     fitting = [exact] if exact in rows else [x for x in rows if f".{x}".endswith(f".{place}")]
     if len(fitting) != 1:
