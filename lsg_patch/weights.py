@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,15 +19,8 @@ from lsg_patch import compat
 
 SAFE = ".safetensors"
 # what says where on the hub a file is to be found
-HUB_NAMES = (
-    "cache_dir",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "use_auth_token",
-)
+HUB_NAMES: tuple[str, ...] = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder")
+HUB_NAMES += ("token", "use_auth_token")
 # keywords of a load that say which files of it are read
 OF_SOURCE = (*HUB_NAMES, "variant", "use_safetensors")
 
@@ -37,9 +30,9 @@ class Source:
     """A checkpoint: a folder or a repository of the hub, and what ``from_pretrained`` is told of it."""
 
     path: str
-    hub: Mapping[str, Any] = field(default_factory=dict)
-    variant: str | None = None
-    use_safetensors: bool | None = None
+    hub: Mapping[str, Any]
+    variant: str | None
+    use_safetensors: bool | None
 
     @classmethod
     def of(cls, path: str | os.PathLike[str], given: Mapping[str, Any]) -> Source:
