@@ -315,9 +315,7 @@ class _Switch:
     for_process = False
     blocks = loads = 0
     installed: Any = None
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+    lock = threading.Lock()
 
     def is_on(self) -> bool:
         return self.for_process or self.blocks > 0
