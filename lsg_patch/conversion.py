@@ -14,13 +14,7 @@ from torch import Tensor
 from lsg_patch.checkpoints import from_pretrained, load_any, named_class
 from lsg_patch.config import TRAINED, LSGConfig
 from lsg_patch.families import find_base
-from lsg_patch.patching import (
-    get_config,
-    global_embeddings,
-    is_patched,
-    patch_model,
-    unpatch_model,
-)
+from lsg_patch.patching import get_config, global_embeddings, is_patched, patch_model, unpatch_model
 from lsg_patch.published import PREFIX
 from lsg_patch.tokenizer import find_token_ids, tokenizer_at
 from lsg_patch.weights import Source
@@ -31,12 +25,8 @@ LENGTH, SEED = 4096, 123
 TOLERANCE = 1e-4
 # what says what global tokens and positions are at first, and what changes the outputs of short inputs
 _OF_ROWS = ("global_positional_stride", "random_global_init", "position_period")
-_OF_SHORT = (
-    "mask_first_token",
-    "pool_with_global",
-    "num_global_tokens",
-    "pass_global_tokens_to_decoder",
-)
+_OF_SHORT: tuple[str, ...] = ("mask_first_token", "pool_with_global", "num_global_tokens")
+_OF_SHORT += ("pass_global_tokens_to_decoder",)
 
 
 class Conversion(NamedTuple):
@@ -168,15 +158,13 @@ def convert(
     base, _ = find_base(model)
     difference = (_outputs(base, short) - before).abs().max().item()
     fits = difference <= TOLERANCE * max(1.0, before.abs().max().item())
-    said_of_it = "as before" if fits else "NOT as before"
+    said = "as before" if fits else "NOT as before"
     if not same:
-        said_of_it = (
-            "it may differ: global tokens are seen besides its own, or are others than before"
-        )
+        said = "it may differ: global tokens are seen besides its own, or are others than before"
     length = config.max_position_embeddings
     finite = bool(_outputs(base, _ids(base.config, None, length)).isfinite().all())
     lines += [
-        f"short input ({short.shape[1]} tokens): largest difference {difference:.1e}, {said_of_it}",
+        f"short input ({short.shape[1]} tokens): largest difference {difference:.1e}, {said}",
         f"long input ({length} tokens): {'finite' if finite else 'NOT finite'}",
     ]
     return Conversion(tuple(lines), finite and (fits or not same))

@@ -67,10 +67,8 @@ def overview(
     query: Any = modules[0].get_submodule(family.names.query)
     width = int(query.weight.shape[0])
     layers = int(getattr(of_model, "num_hidden_layers", len(modules)))
-    stack = base.get_submodule(family.stack)
-    weights = sum(
-        x.numel() for n, x in stack.named_parameters() if x.dim() == 2 and "embed" not in n
-    )
+    named = base.get_submodule(family.stack).named_parameters()
+    weights = sum(x.numel() for n, x in named if x.dim() == 2 and "embed" not in n)
     # ALBERT's layers run several times
     linear = 2 * weights * layers // len(modules)
     costs = []

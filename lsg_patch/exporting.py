@@ -234,11 +234,8 @@ def quantize(file: Path, out: Path) -> None:
     """``file`` with weights of 8 bits, unsigned: signed ones overflow on processors without VNNI."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    is_large = _weights_of(file).exists()
-    kind = QuantType.QUInt8
-    quantize_dynamic(
-        file, out, per_channel=True, weight_type=kind, use_external_data_format=is_large
-    )
+    large, kind = _weights_of(file).exists(), QuantType.QUInt8
+    quantize_dynamic(file, out, per_channel=True, weight_type=kind, use_external_data_format=large)
 
 
 def _weights_of(file: Path) -> Path:
