@@ -37,9 +37,9 @@ class _AllocationCounter(TorchDispatchMode):
     def __init__(self, result: PeakMemory) -> None:
         super().__init__()
         self.result = result
-        # By address: the weak reference, which keeps the address from being used again (not the
-        # data from being freed), and the bytes.
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        # The bytes of each. A weak reference keeps the address from being used again, not the data
+        # from being freed.
+        self._alive: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -54,20 +54,19 @@ class _AllocationCounter(TorchDispatchMode):
         # A storage that came in is not new: views, in-place and out= operations. `lift_fresh` is
         # the exception: it is how `torch.tensor(...)` hands over the tensor it has just made.
         fresh = func is torch.ops.aten.lift_fresh.default
-        given = set() if fresh else {s._cdata for _, s in _storages((args, kwargs))}
-        self._alive = {key: x for key, x in self._alive.items() if not x[0].expired()}
+        given = set() if fresh else {StorageWeakRef(s) for _, s in _storages((args, kwargs))}
+        self._alive = {s: size for s, size in self._alive.items() if not s.expired()}
         for tensor, storage in _storages(out):
-            key, size = storage._cdata, storage.nbytes()
-            reference, known = self._alive.get(key, (None, None))
+            reference, size = StorageWeakRef(storage), storage.nbytes()
+            known = self._alive.get(reference)
             # Made before the block, or not by torch; or known, and not resized by an out= operation.
-            if known == size or (known is None and key in given):
+            if known == size or (known is None and reference in given):
                 continue
-            self._alive[key] = (reference or StorageWeakRef(storage), size)
+            self._alive[reference] = size
             if tensor.numel() > self.result.largest_numel:
                 self.result.largest_numel = tensor.numel()
                 self.result.largest_shape = tuple(tensor.shape)
-        alive = sum(size for _, size in self._alive.values())
-        self.result.peak_bytes = max(self.result.peak_bytes, alive)
+        self.result.peak_bytes = max(self.result.peak_bytes, sum(self._alive.values()))
         return out
 
 
