@@ -31,14 +31,11 @@ def scores(config: LSGConfig, length: int) -> int:
     if length <= geometry.full_length:
         return total * total
     num_sparse = -(-length // geometry.sparsity_factor) if geometry.has_sparse else 0
-    runs = geometry.runs(range(length), range(num_sparse))
-    of_tokens = sum(
-        run.num_blocks
-        * run.num_queries
-        * (num_global + run.local.size + sum(window.size for window in run.sparse))
-        for run in runs
-    )
-    return num_global * total + of_tokens
+    found = num_global * total
+    for run in geometry.runs(range(length), range(num_sparse)):
+        keys = num_global + run.local.size + sum(window.size for window in run.sparse)
+        found += run.num_blocks * run.num_queries * keys
+    return found
 
 
 def overview(
@@ -46,11 +43,9 @@ def overview(
 ) -> dict[str, Any]:
     """What ``patch_model(model, config, tokenizer=tokenizer)`` would change, as plain data.
 
-    The model is as before.
-
-    ``costs`` has for each length the operations of a forward and the scores of a layer as shares of
-    those with full attention, and what the scores of a layer take in MiB, in float32, where
-    they are kept (unfused attention). Operations are those of linear layers and of attention.
+    The model is as before. ``costs`` has for each length the operations of a forward and the scores of
+    a layer as shares of those with full attention, and what the scores of a layer take in MiB, in float32,
+    where they are kept (unfused attention). Operations are those of linear layers and of attention.
 
     Raises:
         ValueError: as ``patch_model``.
