@@ -25,8 +25,12 @@ LENGTH, SEED = 4096, 123
 TOLERANCE = 1e-4
 # what says what global tokens and positions are at first, and what changes the outputs of short inputs
 _OF_ROWS = ("global_positional_stride", "random_global_init", "position_period")
-_OF_SHORT: tuple[str, ...] = ("mask_first_token", "pool_with_global", "num_global_tokens")
-_OF_SHORT += ("pass_global_tokens_to_decoder",)
+_OF_SHORT = (
+    "mask_first_token",
+    "pool_with_global",
+    "num_global_tokens",
+    "pass_global_tokens_to_decoder",
+)
 
 
 class Conversion(NamedTuple):

@@ -19,8 +19,15 @@ from lsg_patch import compat
 
 SAFE = ".safetensors"
 # what says where on the hub a file is to be found
-HUB_NAMES: tuple[str, ...] = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder")
-HUB_NAMES += ("token", "use_auth_token")
+HUB_NAMES = (
+    "cache_dir",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "use_auth_token",
+)
 # keywords of a load that say which files of it are read
 OF_SOURCE = (*HUB_NAMES, "variant", "use_safetensors")
 
