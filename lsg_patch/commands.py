@@ -17,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lsg_patch.config import KEY, LSGConfig
+
 DISTRIBUTION = "lsg-patch"
 app = typer.Typer(
     help="Long inputs for encoders that are already loaded.",
@@ -55,16 +57,12 @@ def _main(
 
 def _sentences() -> dict[str, str]:
     """What the docstring of ``LSGConfig`` says of each setting, its first sentence."""
-    from lsg_patch.config import LSGConfig
-
     found = re.findall(r"^ {8}(\w+): (.*?)(?=^ {8}\w+:|\n\n)", LSGConfig.__doc__ or "", re.M | re.S)
     return {name: re.split(r"(?<=[a-z)])[.:;] ", " ".join(text.split()))[0] for name, text in found}
 
 
 def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """A command with the settings of ``LSGConfig`` as options; it gets those given as ``settings``."""
-    from lsg_patch.config import LSGConfig
-
     told, types = _sentences(), get_type_hints(LSGConfig)
     names = [field.name for field in fields(LSGConfig) if field.name != "max_position_embeddings"]
 
@@ -144,7 +142,6 @@ def inspect_model(
     model: Model, max_length: MaxLength = 4096, as_json: Json = False, *, settings: dict[str, Any]
 ) -> None:
     """Say what a patch would change in a model, and from which length it pays."""
-    from lsg_patch.config import LSGConfig
     from lsg_patch.costs import overview
 
     found = overview(*_load(model), LSGConfig(max_position_embeddings=max_length, **settings))
@@ -242,7 +239,6 @@ def plot(
 ) -> None:
     """Draw who attends to whom, or what it costs."""
     from lsg_patch import plots
-    from lsg_patch.config import LSGConfig
     from lsg_patch.patching import is_patched, patch_model
 
     if not out.suffix:  # matplotlib would choose one, and write beside a folder of this name
@@ -306,7 +302,6 @@ def bench(
     settings: dict[str, Any],
 ) -> None:
     """Time a model's forward with LSG attention against full attention, on this machine."""
-    from lsg_patch.config import LSGConfig
     from lsg_patch.costs import time_forwards
 
     lengths = length or [512, 1024, 2048, 4096]
@@ -344,7 +339,6 @@ def _was_saved_patched(name: str, may_be: bool = False) -> bool:
     Raises:
         ValueError: it was, and ``may_be`` is False.
     """
-    from lsg_patch.config import KEY
     from lsg_patch.published import as_ours, is_published
     from lsg_patch.weights import Source
 
