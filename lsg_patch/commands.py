@@ -68,27 +68,20 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:
-        chosen = {name: given.pop(name) for name in names}
-        chosen = {name: value for name, value in chosen.items() if value is not None}
+        chosen = {name: value for name in names if (value := given.pop(name)) is not None}
         period = chosen.get("position_period")
         if isinstance(period, str) and period.isdigit():
             chosen["position_period"] = int(period)
         return command(**given, settings=chosen)
 
-    own = inspect.signature(command, eval_str=True).parameters
-    parameters = [parameter for name, parameter in own.items() if name != "settings"]
+    *parameters, settings = inspect.signature(command, eval_str=True).parameters.values()
     for name in names:
         option = typer.Option(help=told.get(name), rich_help_panel="Settings, as in LSGConfig")
         # a setting's type without None; text for a choice of types
         kinds = [part for part in get_args(types[name]) or (types[name],) if part is not type(None)]
         kind: Any = kinds[0] if len(kinds) == 1 else str
         annotation: Any = Annotated[kind | None, option]
-        parameters.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-            )
-        )
-    vars(run).pop("__wrapped__")
+        parameters.append(settings.replace(name=name, default=None, annotation=annotation))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
