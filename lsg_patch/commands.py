@@ -110,10 +110,10 @@ def demo(
     """See a real encoder find passages in long documents: as it is, patched, and reverted."""
     from lsg_patch import demo as demonstration
 
-    options = demonstration.DemoOptions(
-        model, tuple(file or ()), documents, max_length, block_size, sparsity_type, as_json
-    )
-    raise typer.Exit(demonstration.run(options))
+    config = LSGConfig(block_size, sparsity_type, max_position_embeddings=max_length)
+    report = demonstration.measure(model, file or (), documents, config)
+    print(json.dumps(report, indent=2) if as_json else demonstration.render(report))
+    raise typer.Exit(0 if report["reverted_bit_for_bit"] else 1)
 
 
 @app.command(epilog="Example: `lsg-patch families --markdown`")

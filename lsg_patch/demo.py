@@ -8,14 +8,12 @@ passages from their middle, which a truncated reading never sees. Needs no netwo
 from __future__ import annotations
 
 import importlib
-import json
 import pydoc
 import re
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from lsg_patch import LSGConfig, patched
 from lsg_patch.memory import peak_memory
-from lsg_patch.tuning import read_texts, reciprocal_ranks
+from lsg_patch.tuning import read_texts, reciprocal_ranks, tokenized
 
 MIN_DOCUMENT_TOKENS = 2000
 QUERY_TOKENS = (40, 60)  # shortest and longest query
@@ -54,19 +52,8 @@ _MODULES = """
 MODULES = tuple(_MODULES.split())
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    model: str | None = None  # None: the encoder of the extra `demo`
-    files: tuple[Path, ...] = ()
-    documents: int = 90
-    max_length: int = 4096
-    block_size: int = 128
-    sparsity_type: str = "norm"
-    json: bool = False
-
-
 # the characters of each token of a text: the first, and the one behind the last
-Spans = Callable[[str], list[tuple[int, int]]]
+Spans = Callable[[str], Sequence[tuple[int, int]]]
 
 
 # Documents and queries
@@ -193,56 +180,44 @@ def load_encoder(name: str) -> tuple[Any, Any]:
     return AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
 
 
-def run(options: DemoOptions) -> int:
-    """Print what was measured; exit code 0, or 1 if the reverted model's outputs differ.
+def measure(
+    encoder: str | None, files: Sequence[Path], count: int, config: LSGConfig
+) -> dict[str, Any]:
+    """All the numbers of the demo, as plain data; `encoder` None is that of the extra `demo`.
+
+    `files` and `count` are those of `build_documents`.
 
     Raises:
         ValueError, OSError, ImportError: the request is wrong, or the model is not there.
     """
-    report = measure(options)
-    print(json.dumps(report, indent=2) if options.json else render(report))
-    return 0 if report["reverted_bit_for_bit"] else 1
-
-
-def measure(options: DemoOptions) -> dict[str, Any]:
-    """All the numbers of the demo, as plain data."""
-    model, tokenizer = load_encoder(options.model or bundled_model())
+    model, tokenizer = load_encoder(encoder or bundled_model())
     if not tokenizer.is_fast:
         raise ValueError(
-            f"--model {options.model}: its tokenizer gives no offsets of tokens, name a model "
+            f"--model {encoder}: its tokenizer gives no offsets of tokens, name a model "
             "with a fast one"
         )
-    config = LSGConfig(
-        block_size=options.block_size,
-        sparsity_type=options.sparsity_type,
-        max_position_embeddings=options.max_length,
-    )
+    most = config.max_position_embeddings
     limit = model.config.max_position_embeddings
     # a model that cannot be patched is to be known before the long part
     with patched(model, config, tokenizer=tokenizer):
         # RoBERTa's table begins with rows that no token of a text uses
-        limit -= model.config.max_position_embeddings - options.max_length
+        limit -= model.config.max_position_embeddings - most
     limit = min(limit, tokenizer.model_max_length)
-    if options.max_length <= limit:
+    if most <= limit:
         raise ValueError(f"--max-length must be more than the model's own {limit} tokens")
 
-    def spans(text: str) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )["offset_mapping"]
-        return found
+    def spans(text: str) -> Sequence[tuple[int, int]]:
+        return tokenized(tokenizer, [text])[0].offsets
 
     def tokens(texts: Iterable[str], max_length: int) -> list[dict[str, Tensor]]:
         how = {"truncation": True, "max_length": max_length, "return_tensors": "pt"}
         return [tokenizer(text, verbose=False, **how) for text in texts]
 
-    documents = build_documents(options.documents, spans, files=options.files)
+    documents = build_documents(count, spans, files=files)
     # A query lies behind what the truncated reading sees and before where the long one ends.
-    queries = pick_queries(documents, spans, first=limit, last=options.max_length - 2)
+    queries = pick_queries(documents, spans, first=limit, last=most - 2)
     if not queries:
-        raise ValueError(
-            f"no document has a passage of its own between tokens {limit} and {options.max_length}"
-        )
+        raise ValueError(f"no document has a passage of its own between tokens {limit} and {most}")
     asked = tokens(queries.values(), limit)
 
     def side(name: str, max_length: int) -> dict[str, Any]:
@@ -271,13 +246,13 @@ def measure(options: DemoOptions) -> dict[str, Any]:
         before = [model(**of).last_hidden_state for of in compared]
     sides = [side("original, truncated", limit)]
     with patched(model, config, tokenizer=tokenizer):
-        sides.append(side("patched", options.max_length))
+        sides.append(side("patched", most))
     with torch.inference_mode():
         after = [model(**of).last_hidden_state for of in compared]
     return {
-        "model": options.model or "all-MiniLM-L6-v2",
-        "block_size": options.block_size,
-        "sparsity_type": options.sparsity_type,
+        "model": encoder or "all-MiniLM-L6-v2",
+        "block_size": config.block_size,
+        "sparsity_type": config.sparsity_type,
         "documents": len(documents),
         "queries": len(queries),
         "sides": sides,

@@ -200,15 +200,6 @@ def test_plot(checkpoint: Path, tmp_path: Path, more: list[str], capsys: Any) ->
     assert capsys.readouterr().out == f"{out}\n"
 
 
-def test_defaults_of_the_demo_are_those_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lsg_patch import demo
-
-    got: list[Any] = []
-    monkeypatch.setattr(demo, "run", lambda options: got.append(options) or 0)
-    assert run("demo") == 0
-    assert got == [demo.DemoOptions()]
-
-
 @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
 def test_a_missing_extra_is_named(
     missing: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch

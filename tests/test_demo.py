@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from lsg_patch import demo
+from lsg_patch import commands, demo
 from lsg_patch.cli import main
 
 PROSE = "The quick brown fox jumps over the lazy dog while nobody is looking at it."
@@ -73,7 +74,8 @@ def test_a_file_that_is_no_text_is_a_clear_error(tmp_path):
 
 def test_there_are_modules_enough_for_the_default():
     importable = [name for name in demo.MODULES if importlib.util.find_spec(name) is not None]
-    assert len(importable) >= demo.DemoOptions().documents + 10
+    documents = inspect.signature(commands.demo).parameters["documents"].default
+    assert len(importable) >= documents + 10
     assert len(set(demo.MODULES)) == len(demo.MODULES)
 
 
