@@ -56,9 +56,6 @@ MODULES = tuple(_MODULES.split())
 Spans = Callable[[str], Sequence[tuple[int, int]]]
 
 
-# Documents and queries
-
-
 def clean_pydoc(text: str) -> str:
     """Drop what depends on the machine or is on every page: paths, addresses, values."""
     sections = re.split(r"^(?=[A-Z][A-Z ]+$)", text, flags=re.MULTILINE)
@@ -150,17 +147,11 @@ def _passages(text: str, spans: Spans) -> list[str]:
     return [passage for _, _, passage in sorted(found)]
 
 
-# Embedding
-
-
 @torch.inference_mode()
 def embed(model: nn.Module, inputs: Iterable[Mapping[str, Tensor]]) -> Tensor:
     """The normalised mean of the outputs of each text's tokens: (texts, D)."""
     means = [model(**tokens).last_hidden_state.mean(1) for tokens in inputs]
     return nn.functional.normalize(torch.cat(means), dim=-1)
-
-
-# The run
 
 
 def bundled_model() -> str:

@@ -208,13 +208,10 @@ def tune(
     for settings in fitting:
         with nullcontext() if settings is None else patched(model, tokenizer=tokenizer, **settings):
             start = time.perf_counter()
-            vectors = embedded(
-                model, tokenizer, [d.text for d in documents], chunk_tokens, "document"
-            )
+            vectors = embedded(model, tokenizer, [d.text for d in documents], chunk_tokens)
             seconds.append(time.perf_counter() - start)
-            texts_of_queries = [query.text for query in asked]
             whole = chunk_tokens and 10**6  # by the same way as the documents
-            questions = embedded(model, tokenizer, texts_of_queries, whole, "query")[:, 0]
+            questions = embedded(model, tokenizer, [q.text for q in asked], whole, "query")[:, 0]
         ranks.append(reciprocal_ranks(questions, vectors, targets))
     means = [-1.0 if x is None else float(r.mean()) for x, r in zip(fitting, ranks, strict=True)]
     best, first = means.index(max(means)), ranks[next(i for i, x in enumerate(fitting) if x)]
@@ -248,15 +245,15 @@ def _fitting(
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """A row of ``tune`` for people, short enough for a terminal."""
-    settings, name = row["settings"], "not patched"
-    if settings is not None:
+    settings = row["settings"]
+    if settings is None:
+        name = "not patched"
+    elif len(settings) == 1:
+        name = "defaults"
+    else:
         config = LSGConfig(**settings)
-        rows = f"{config.position_period or 'all'} rows"
-        name = (
-            f"{config.sparsity_type} {config.block_size}, {rows}"
-            if len(settings) > 1
-            else "defaults"
-        )
+        period = config.position_period or "all"
+        name = f"{config.sparsity_type} {config.block_size}, {period} rows"
     numbers = {
         "MRR": "{:.3f} [{:.3f}, {:.3f}]".format(*row["mrr"]),
         "more than the defaults": "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["more_than_defaults"]),
