@@ -272,6 +272,7 @@ def tune(
     By the mean of the outputs, or by the own pooling of a SentenceTransformer.
     """
     from lsg_patch import tuning
+    from lsg_patch.holders import tokenizer_in
 
     texts = tuning.read_texts(file)[:limit]
     encoder, tokenizer = _load_encoder(model)
@@ -281,7 +282,7 @@ def tune(
         return
     title = f"{rows[0]['queries']} passages look for their texts, of {len(texts)}; intervals of 95%"
     _print_table(title, [tuning.cells(row) for row in rows])
-    print("\n".join(tuning.verdict(rows, has_tokenizer=tuning.is_sentence_transformer(encoder))))
+    print("\n".join(tuning.verdict(rows, has_tokenizer=tokenizer_in(encoder) is not None)))
 
 
 @app.command(epilog="Example: `lsg-patch bench roberta-base --length 1024 --length 4096`")

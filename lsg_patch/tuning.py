@@ -135,11 +135,6 @@ def interval(values: Tensor, targets: Sequence[int], seed: int) -> list[float]:
     return [float(values.mean()), *means.quantile(torch.tensor([0.025, 0.975])).tolist()]
 
 
-def is_sentence_transformer(model: Any) -> bool:
-    """Told by the name of its class: it may not be installed."""
-    return any(cls.__name__ == "SentenceTransformer" for cls in type(model).__mro__)
-
-
 def embedded(
     model: Any,
     tokenizer: Any,
@@ -152,7 +147,7 @@ def embedded(
     One vector a text is a SentenceTransformer's own for this ``role`` (query or document), where ``model``
     is one.
     """
-    if chunk_tokens is None and is_sentence_transformer(model):
+    if chunk_tokens is None and hasattr(model, "encode"):  # a SentenceTransformer
         # sentence-transformers 5 and later have a method for each, with its own prompt
         encode = getattr(model, f"encode_{role}", model.encode)
         rows = encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
