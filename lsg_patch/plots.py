@@ -65,9 +65,8 @@ def pattern(
     found[seen] = KINDS.index("sparse")
     found[seen & near] = KINDS.index("local")
     found[seen & ((block < 0) | (block < 0)[:, None])] = KINDS.index("global")
-    found[:, ~seen.any(0)] = KINDS.index(
-        "hidden"
-    )  # the first token, where a global one replaces it
+    # the first token, where a global one replaces it
+    found[:, ~seen.any(0)] = KINDS.index("hidden")
     return found
 
 
@@ -104,20 +103,20 @@ def _random_shares(config: LSGConfig, length: int, head: int) -> Tensor:
 def _shares_of_layer(
     model: nn.Module, length: int, layer: int, head: int, input_ids: Tensor | None
 ) -> Tensor:
+    base: Any
     base, family = find_base(model)
     modules = find_modules(base, family.attentions)
     heads = int(getattr(modules[0], family.names.heads))
-    for name, value, count in (("layer", layer, len(modules)), ("head", head, heads)):
-        check_int(name, value, 0, count - 1)
-    stated: Any = base.config
-    if input_ids is not None and input_ids.shape != (1, length):
+    check_int("layer", layer, 0, len(modules) - 1)
+    check_int("head", head, 0, heads - 1)
+    if input_ids is None:
+        generator = torch.Generator().manual_seed(0)
+        words = base.config.vocab_size
+        input_ids = torch.randint(words // 10, words, (1, length), generator=generator)
+    elif input_ids.shape != (1, length):
         raise ValueError(
             f"input_ids must be (1, length) = {(1, length)}, not of shape {tuple(input_ids.shape)}"
         )
-    if input_ids is None:
-        generator = torch.Generator().manual_seed(0)
-        words = stated.vocab_size
-        input_ids = torch.randint(words // 10, words, (1, length), generator=generator)
     columns = []
 
     def read(module: Any, args: Any, kwargs: Any) -> None:
@@ -129,12 +128,9 @@ def _shares_of_layer(
             context = module.attend(layout, query, key, value, choose_by)
             columns.append(context.unflatten(-1, (heads, -1))[0, :, head])
 
-    handle = modules[layer].register_forward_pre_hook(read, with_kwargs=True)
-    try:
-        with torch.no_grad(), in_eval_mode(base):
-            base(input_ids=input_ids.to(device_of(base)))
-    finally:
-        handle.remove()
+    hook = modules[layer].register_forward_pre_hook(read, with_kwargs=True)
+    with hook, torch.no_grad(), in_eval_mode(base):
+        base(input_ids=input_ids.to(device_of(base)))
     shares = torch.cat(columns, dim=1).cpu()
     return shares[:, : shares.shape[0]]
 
@@ -156,9 +152,6 @@ def plot_pattern(
         axes: to draw into. None: new ones.
 
     For the others see ``pattern``.
-
-    Returns:
-        The matplotlib Axes.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -194,9 +187,6 @@ def plot_pattern(
 def plot_cost(config: LSGConfig, lengths: Sequence[int], *, axes: Axes | None = None) -> Axes:
     """Draw the scores that a head computes against the length: operations and memory grow with them.
 
-    Returns:
-        The matplotlib Axes.
-
     Raises:
         ImportError: matplotlib is missing.
     """
@@ -213,10 +203,7 @@ def plot_cost(config: LSGConfig, lengths: Sequence[int], *, axes: Axes | None = 
 
 
 def _axes(given: Axes | None) -> Axes:
-    if given is not None:
-        return given
-    made: Axes = _matplotlib("pyplot").subplots(figsize=(5, 5), layout="constrained")[1]
-    return made
+    return given or _matplotlib("pyplot").subplots(figsize=(5, 5), layout="constrained")[1]
 
 
 def _matplotlib(name: str) -> Any:
