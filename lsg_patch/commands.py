@@ -6,7 +6,6 @@ import functools
 import inspect
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import metadata
@@ -378,10 +377,9 @@ def _without_bars() -> None:
 
 
 def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=title or None, show_header=any(name.strip() for name in rows[0]), box=None)
+    table = Table(title=title, show_header=any(name.strip() for name in rows[0]), box=None)
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="left" if not name.strip() else "right")
     for row in rows:
-        cells = (f"{x:,}" if isinstance(x, int) else str(x) for x in row.values())
-        table.add_row(*cells)
-    Console(file=sys.stdout).print(table)
+        table.add_row(*(f"{x:,}" if isinstance(x, int) else str(x) for x in row.values()))
+    Console().print(table)

@@ -51,7 +51,6 @@ _MODULES = """
 """
 MODULES = tuple(_MODULES.split())
 
-
 # the characters of each token of a text: the first, and the one behind the last
 Spans = Callable[[str], Sequence[tuple[int, int]]]
 

@@ -144,8 +144,7 @@ def embedded(
 ) -> Tensor:
     """A vector for each chunk of each text, (texts, chunks, width); the last ones may come twice.
 
-    One vector a text is a SentenceTransformer's own for this ``role`` (query or document), where ``model``
-    is one.
+    One vector a text is that of a SentenceTransformer itself, for this ``role`` (query or document).
     """
     if chunk_tokens is None and hasattr(model, "encode"):  # a SentenceTransformer
         # sentence-transformers 5 and later have a method for each, with its own prompt
