@@ -76,10 +76,9 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     *parameters, settings = inspect.signature(command, eval_str=True).parameters.values()
     for name in names:
         option = typer.Option(help=told.get(name), rich_help_panel="Settings, as in LSGConfig")
-        # a setting's type without None; text for a choice of types
-        kinds = [part for part in get_args(types[name]) or (types[name],) if part is not type(None)]
-        kind: Any = kinds[0] if len(kinds) == 1 else str
-        annotation: Any = Annotated[kind | None, option]
+        kind: Any = types[name] | None
+        # text for a choice of types
+        annotation: Any = Annotated[kind if len(get_args(kind)) == 2 else str | None, option]
         parameters.append(settings.replace(name=name, default=None, annotation=annotation))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
