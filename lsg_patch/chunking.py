@@ -114,7 +114,7 @@ def chunk_embeddings(
             "the model was patched with adaptive=False, and texts are of any length: patch it with "
             "adaptive=True"
         )
-    after, limit = _after_pooling(module), _limit(module, tokenizer)
+    after, limit = _after_pooling(module), tokens_at_a_time(module, tokenizer)
     base: Any = find_base(module)[0]
     encoder = base.get_encoder() if base.config.is_encoder_decoder else base
     given = [boundaries] * len(texts) if isinstance(boundaries, str) else boundaries
@@ -175,8 +175,8 @@ def _after_pooling(module: nn.Module) -> list[nn.Module]:
     return list(module.children())[2:]
 
 
-def _limit(module: nn.Module, tokenizer: Any) -> int:
-    """How many tokens are read at a time."""
+def tokens_at_a_time(module: nn.Module, tokenizer: Any) -> int:
+    """How many tokens a model reads, patched or not, special ones among them."""
     base, family = find_base(module)
     stated: Any = base.config
     limits = [getattr(module, "max_seq_length", None)]

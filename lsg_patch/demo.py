@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from lsg_patch import LSGConfig, patched
+from lsg_patch.chunking import tokens_at_a_time
 from lsg_patch.memory import peak_memory
 from lsg_patch.tuning import read_texts, reciprocal_ranks, tokenized
 
@@ -186,13 +187,10 @@ def measure(
             f"--model {encoder}: its tokenizer gives no offsets of tokens, name a model "
             "with a fast one"
         )
-    most = config.max_position_embeddings
-    limit = model.config.max_position_embeddings
+    limit, most = tokens_at_a_time(model, tokenizer), config.max_position_embeddings
     # a model that cannot be patched is to be known before the long part
     with patched(model, config, tokenizer=tokenizer):
-        # RoBERTa's table begins with rows that no token of a text uses
-        limit -= model.config.max_position_embeddings - most
-    limit = min(limit, tokenizer.model_max_length)
+        pass
     if most <= limit:
         raise ValueError(f"--max-length must be more than the model's own {limit} tokens")
 
