@@ -38,12 +38,12 @@ def empty_path(embeddings: Any, config: Any) -> Tensor:
     return path
 
 
-LAYOUTLM = Family("layoutlm", ("LayoutLMModel",), first_token_extra=empty_box)
-MARKUPLM = Family(
-    "markuplm",
-    ("MarkupLMModel",),
-    first_token_extra=empty_path,
-    position_offset=after_padding_row,
+FAMILIES = (
+    Family("layoutlm", ("LayoutLMModel",), first_token_extra=empty_box),
+    Family(
+        "markuplm",
+        ("MarkupLMModel",),
+        first_token_extra=empty_path,
+        position_offset=after_padding_row,
+    ),
 )
-
-FAMILIES = (LAYOUTLM, MARKUPLM)

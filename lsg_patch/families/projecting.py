@@ -1,9 +1,4 @@
-"""Families whose attention modules project the joined heads themselves: ALBERT, DistilBERT, MPNet.
-
-ALBERT has layers that share their weights, and embeddings narrower than the stack; DistilBERT's
-positions are learned or of sinusoids; MPNet's scores have a bias by the distance of two tokens, of
-one table for all layers.
-"""
+"""Families whose attention modules project the joined heads themselves: ALBERT, DistilBERT, MPNet."""
 
 from __future__ import annotations
 
@@ -12,13 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsg_patch.families.base import (
-    AttentionNames,
-    Family,
-    Projection,
-    after_padding_row,
-    continued,
-)
+from lsg_patch.families.base import AttentionNames, Family, Projection, after_padding_row, continued
 from lsg_patch.offloading import device_of
 
 

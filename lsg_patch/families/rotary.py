@@ -54,24 +54,24 @@ def token_dropout(embeddings: Any, ids: Tensor | None, mask: Tensor | None) -> T
     return scale[:, None, None]
 
 
-ESM = Family(
-    "esm",
-    ("EsmModel",),
-    global_path=("layer_norm",),
-    token_types=None,
-    position_offset=after_padding_row,
-    rotary=Rotary(by_frequencies, is_used=is_rotary),
-    word_scale=token_dropout,
-)
-ROFORMER = Family(
-    "roformer",
-    ("RoFormerModel",),
-    projection="embeddings_project",
-    positions=None,
-    computed_positions=sinusoids,
-    rotary=Rotary(
-        by_table, interleaved=True, turns_values=turns_values, table="encoder.embed_positions"
+FAMILIES = (
+    Family(
+        "esm",
+        ("EsmModel",),
+        global_path=("layer_norm",),
+        token_types=None,
+        position_offset=after_padding_row,
+        rotary=Rotary(by_frequencies, is_used=is_rotary),
+        word_scale=token_dropout,
+    ),
+    Family(
+        "roformer",
+        ("RoFormerModel",),
+        projection="embeddings_project",
+        positions=None,
+        computed_positions=sinusoids,
+        rotary=Rotary(
+            by_table, interleaved=True, turns_values=turns_values, table="encoder.embed_positions"
+        ),
     ),
 )
-
-FAMILIES = (ESM, ROFORMER)
