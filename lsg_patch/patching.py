@@ -29,14 +29,7 @@ from lsg_patch.modules.position_table import (
 )
 from lsg_patch.modules.self_attention import swap_attention
 from lsg_patch.offloading import value_of
-from lsg_patch.plan import (
-    CHUNK,
-    Plan,
-    check_revert,
-    configs_around,
-    learned_tables,
-    make_plan,
-)
+from lsg_patch.plan import CHUNK, Plan, check_revert, configs_around, learned_tables, make_plan
 from lsg_patch.published import is_published
 from lsg_patch.tokenizer import is_tokenizer
 from lsg_patch.undo import Journal, record_of, records_of
@@ -445,9 +438,7 @@ def _apply(
     changed = {table.weight for tables in plan.tables for table in tables}
     names = tuple(name for name, parameter in base.named_parameters() if parameter in changed)
     check = CheckStateDict(GLOBAL_EMBEDDINGS, names)
-    journal.hook(
-        base, functools.partial(base._register_load_state_dict_pre_hook, check, with_module=True)
-    )
+    journal.hook(base, base._register_load_state_dict_pre_hook, check, with_module=True)
 
 
 def _patches(model: nn.Module | Holder) -> list[tuple[nn.Module, Patch]]:

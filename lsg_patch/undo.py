@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -95,21 +94,20 @@ class Journal(Change):
 
     def before(self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = True) -> None:
         """Call ``hook`` before the forward of ``module``."""
-        register = partial(module.register_forward_pre_hook, hook, with_kwargs=with_kwargs)
-        self.hook(module, register)
+        self.hook(module, module.register_forward_pre_hook, hook, with_kwargs=with_kwargs)
 
     def after(self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = True) -> None:
         """Call ``hook`` after it, before others, which then see what the unpatched module gives."""
-        register = partial(
-            module.register_forward_hook, hook, with_kwargs=with_kwargs, prepend=True
-        )
-        self.hook(module, register)
+        register = module.register_forward_hook
+        self.hook(module, register, hook, with_kwargs=with_kwargs, prepend=True)
 
-    def hook(self, module: nn.Module, register: Callable[[], RemovableHandle]) -> None:
-        """Call ``register``, which adds a hook to ``module``."""
+    def hook(
+        self, module: nn.Module, register: Callable[..., RemovableHandle], *args: Any, **kwargs: Any
+    ) -> None:
+        """Call ``register``, which adds a hook to ``module``, with these arguments."""
         added = HookAdded()
         self.of(module).record(added)
-        added.handle = register()
+        added.handle = register(*args, **kwargs)
 
 
 def record_of(module: Any) -> Journal | None:
