@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lsg_patch.attention import Geometry, check_backend, make_geometry
-from lsg_patch.attention.geometry import check_int
+from lsg_patch.attention.geometry import check_bool, check_int
 from lsg_patch.attention.sparsity import MOST_ROUNDS, MOST_SEED
 
 MAX_GLOBAL_TOKENS = 512
@@ -101,8 +101,8 @@ class LSGConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             may_be_none = field.default is None and value is None
-            if field.type.startswith("bool") and type(value) is not bool and not may_be_none:
-                raise ValueError(f"{field.name} must be True or False, not {value!r}")
+            if field.type.startswith("bool") and not may_be_none:
+                check_bool(field.name, value)
         rate = self.attention_probs_dropout_prob
         if rate is not None and not (type(rate) in (int, float) and 0 <= rate < 1):
             raise ValueError(
