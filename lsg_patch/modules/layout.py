@@ -280,19 +280,14 @@ def _enter_packed(
 
     if rotation is not None:
         layout = layout._replace(rotation=(packed(rotation[0]), packed(rotation[1])))
-    if bias is not None:
-        batches = layout.batches
-        places = [bias.positions] * len(batches)
-        if bias.positions is not None:
-            flat = packed(bias.positions.unsqueeze(-1)).flatten()
-            parts = flat.split([batch.rows for batch in batches])
-            places = [x.view(b.sequences, b.size) for x, b in zip(parts, batches, strict=True)]
-        layout = layout._replace(
-            batches=tuple(
-                batch._replace(bias=bias._replace(positions=x))
-                for batch, x in zip(batches, places, strict=True)
-            )
+    if bias is not None and bias.positions is not None:
+        positions = packed(bias.positions.unsqueeze(-1)).flatten()
+        parts = positions.split([batch.rows for batch in layout.batches])
+        batches = (
+            batch._replace(bias=bias._replace(positions=x.view(batch.sequences, batch.size)))
+            for batch, x in zip(layout.batches, parts, strict=True)
         )
+        layout = layout._replace(batches=tuple(batches))
     return packed(hidden), layout
 
 
