@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -59,9 +59,9 @@ class Plan:
     configs: dict[str, Any]
     num_layers: int
     chunked: list[nn.Module]
+    decoder: nn.Module | None
+    tables: list[list[nn.Embedding]]
     period: int | None = None
-    decoder: nn.Module | None = None
-    tables: list[list[nn.Embedding]] = field(default_factory=list)
     global_rows: Tensor | None = None
     bos_id: int | None = None
     is_causal: bool = False
@@ -119,7 +119,7 @@ def make_plan(
             getattr(plan.chunked[0], CHUNK),
         )
     if config.num_global_tokens:
-        plan.global_rows = _global_rows(base, family, plan, config, tokenizer, saved)
+        plan.global_rows = _global_rows(base.config, family, plan, config, tokenizer, saved)
     return plan
 
 
@@ -182,21 +182,17 @@ def _locate(
     others = others_with([base, *sharing], own)
     for weight, of in sharing.items():
         _check_shared(weight, of, [*own, *others])
-    reach, table_reach = config.max_position_embeddings, None
+    reach = None
     if rotary is None and family.relative_bias is None and positions is not None:
-        reach = table_reach = positions.num_embeddings - offset
-        if saved_reach is not None:
-            if saved_reach > reach:
-                raise ValueError(
-                    f"the saved global tokens are spread over {saved_reach} positions (global_reach), "
-                    f"but the model has {reach}: it is another model's config, save the model again"
-                )
-            reach = table_reach = saved_reach
-        elif config.position_period is not None:
-            reach = table_reach = min(reach, int(config.position_period))
-    # on a CPU whatever device new tensors are made on at the moment: they become numbers
-    stride, device = config.global_positional_stride, torch.device("cpu")
-    taken = global_positions(reach, stride, config.num_global_tokens, device)
+        rows = positions.num_embeddings - offset
+        reach = saved_reach or min(rows, int(config.position_period or rows))
+        if reach > rows:
+            raise ValueError(
+                f"the saved global tokens are spread over {reach} positions (global_reach), "
+                f"but the model has {rows}: it is another model's config, save the model again"
+            )
+    length = config.max_position_embeddings if reach is None else reach
+    taken = global_positions(length, config.global_positional_stride, config.num_global_tokens)
     words = table(family.words)
     with torch.no_grad():
         rest = [family.first_token_extra(embeddings, base.config)]
@@ -211,7 +207,7 @@ def _locate(
         positions=positions,
         rotary=rotary,
         global_positions=tuple(taken.tolist()),
-        global_reach=table_reach,
+        global_reach=reach,
         first_token_rest=torch.stack(known).sum(0) if known else None,
         offset=offset,
         config_offset=offset if family.config_counts_offset else 0,
@@ -285,6 +281,7 @@ def _check_shared(weight: Tensor, tables: list[nn.Embedding], modules: list[nn.M
             )
 
 
+@torch.no_grad()
 def _looked_up(table: nn.Module, ids: list[int]) -> Tensor:
     """What ``table`` gives for ``ids``, (n, width): quantized, offloaded, with an adapter, or plain."""
     # a batch, as the hooks of others know it
@@ -408,8 +405,8 @@ def configs_around(
 def _check_positions(plan: Plan, config: LSGConfig) -> None:
     if plan.positions is None:
         return  # no table, no end
-    rows = plan.positions.num_embeddings - plan.offset + plan.config_offset
-    target = config.max_position_embeddings + plan.config_offset
+    count = plan.positions.num_embeddings - plan.offset
+    rows = count + plan.config_offset
     for name, model_config in plan.configs.items():
         stated = model_config.max_position_embeddings
         if stated != rows:
@@ -419,11 +416,10 @@ def _check_positions(plan: Plan, config: LSGConfig) -> None:
                 "own (model = copy.deepcopy(model)) and patch them anew; else set the number to the "
                 "table's"
             )
-    if target < rows:
+    length = config.max_position_embeddings
+    if length < count:
         logger.warning(
-            "max_position_embeddings=%d shortens the model's %d positions",
-            config.max_position_embeddings,
-            rows - plan.config_offset,
+            "max_position_embeddings=%d shortens the model's %d positions", length, count
         )
 
 
@@ -479,7 +475,7 @@ def _warn_of_unseen_tokens(plan: Plan, family: Family, config: LSGConfig) -> Non
 
 
 def _global_rows(
-    base: nn.Module,
+    config_of_model: Any,
     family: Family,
     plan: Plan,
     config: LSGConfig,
@@ -492,23 +488,19 @@ def _global_rows(
         plan.bos_id = saved.bos_id
         if len(rows) == count:
             return rows
-    by_mask_token = not config.random_global_init
-    needs_mask = by_mask_token and count > 1
-    config_of_model: Any = base.config
+    needs_mask = count > 1 and not config.random_global_init
     bos_id, mask_id = find_token_ids(config_of_model, tokenizer, needs_mask)
     plan.bos_id = bos_id
     added = None
     if plan.positions is not None and plan.rotary is None:
         added = value_of(plan.positions).detach()[plan.offset :][: plan.global_reach]
         added = added.to(device_of(plan.words))
-    ids = [bos_id, *([] if mask_id is None else [mask_id])]
+    ids = [bos_id] if mask_id is None else [bos_id, mask_id]
     if config.random_global_init:  # it asks for all of them, as they are numbered
         ids = list(range(getattr(plan.words, "num_embeddings", config_of_model.vocab_size)))
-    with torch.no_grad():
-        words = _looked_up(plan.words, ids)
     scale = compat.scale_of_looked_up_words(plan.embeddings)
     new = initial_rows(
-        words,
+        _looked_up(plan.words, ids),
         added,
         plan.first_token_rest,
         num_global_tokens=count,
@@ -524,8 +516,7 @@ def _global_rows(
 
 def _checked_rows(rows: Tensor, words: nn.Module) -> Tensor:
     """Saved global tokens, of the type and on the device of the model's ``words``."""
-    with torch.no_grad():
-        word = _looked_up(words, [0])
+    word = _looked_up(words, [0])
     if rows.dim() != 2 or rows.shape[1] != word.shape[1] or not rows.is_floating_point():
         raise ValueError(
             f"the saved global tokens are {rows.dtype} of shape {tuple(rows.shape)}, not floating-point "
