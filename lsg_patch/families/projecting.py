@@ -17,16 +17,6 @@ def to_normed_output(module: Any, hidden: Tensor, context: Tensor) -> Tensor:
     return normed
 
 
-# a group's layer runs several times and is swapped once; the stack itself widens the embeddings
-ALBERT = Family(
-    "albert",
-    ("AlbertModel",),
-    attentions="encoder.albert_layer_groups.*.albert_layers.*.attention",
-    names=AttentionNames(dropout="attention_dropout"),
-    output=to_normed_output,
-)
-
-
 def interleaved_sinusoids(rows: Tensor, offset: int, length: int, config: Any) -> Tensor | None:
     """Where the table is not learned: sines in even columns, cosines in odd ones.
 
@@ -41,17 +31,6 @@ def interleaved_sinusoids(rows: Tensor, offset: int, length: int, config: Any) -
     return continued(rows, torch.where(column % 2 == 0, angle.sin(), angle.cos()))
 
 
-DISTILBERT = Family(
-    "distilbert",
-    ("DistilBertModel",),
-    attentions="transformer.layer.*.attention",
-    stack="transformer",
-    token_types=None,
-    computed_positions=interleaved_sinusoids,
-    names=AttentionNames(query="q_lin", key="k_lin", value="v_lin", heads="n_heads"),
-    output=Projection("out_lin"),
-)
-
 # tokens farther away than this share one bucket of the table
 LARGEST_DISTANCE = 128
 
@@ -64,16 +43,34 @@ def bias_by_distance(stack: Any) -> Tensor:
     return bias
 
 
-MPNET = Family(
-    "mpnet",
-    ("MPNetModel",),
-    attentions="encoder.layer.*.attention.attn",
-    token_types=None,
-    position_offset=after_padding_row,
-    names=AttentionNames("q", "k", "v"),
-    output=Projection("o"),
-    relative_bias=bias_by_distance,
-    methods_left_out=("compute_position_bias",),
+FAMILIES = (
+    # a group's layer runs several times and is swapped once; the stack itself widens the embeddings
+    Family(
+        "albert",
+        ("AlbertModel",),
+        attentions="encoder.albert_layer_groups.*.albert_layers.*.attention",
+        names=AttentionNames(dropout="attention_dropout"),
+        output=to_normed_output,
+    ),
+    Family(
+        "distilbert",
+        ("DistilBertModel",),
+        attentions="transformer.layer.*.attention",
+        stack="transformer",
+        token_types=None,
+        computed_positions=interleaved_sinusoids,
+        names=AttentionNames(query="q_lin", key="k_lin", value="v_lin", heads="n_heads"),
+        output=Projection("out_lin"),
+    ),
+    Family(
+        "mpnet",
+        ("MPNetModel",),
+        attentions="encoder.layer.*.attention.attn",
+        token_types=None,
+        position_offset=after_padding_row,
+        names=AttentionNames("q", "k", "v"),
+        output=Projection("o"),
+        relative_bias=bias_by_distance,
+        methods_left_out=("compute_position_bias",),
+    ),
 )
-
-FAMILIES = (ALBERT, DISTILBERT, MPNET)
