@@ -1,7 +1,4 @@
-"""Where the tokens of an input lie in the layer stack, and back.
-
-Global tokens come first and padding is moved to the right; or only the real tokens are packed.
-"""
+"""Where the tokens of an input lie in the layer stack, and back."""
 
 from __future__ import annotations
 
@@ -178,8 +175,6 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
     as one token, which is masked.
     """
     rows, length = mask.shape
-    if not mask.numel():
-        return None
     first, real = mask.int().argmax(1), mask.sum(1)
     end = torch.where(real > 0, length - mask.int().flip(1).argmax(1), first + 1)
     lengths, counts = torch.stack([end - first, real]).tolist()
