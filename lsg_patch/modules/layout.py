@@ -182,24 +182,24 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
     alike: dict[int, list[int]] = {}
     for row, own in enumerate(lengths):
         alike.setdefault(geometry.num_blocks(own), []).append(row)
-    longest = {blocks: max(lengths[row] for row in of) for blocks, of in alike.items()}
-    needed = sum(len(of) * (num_global + longest[blocks]) for blocks, of in alike.items())
+    groups = [(of, max(lengths[row] for row in of)) for of in alike.values()]
+    needed = sum(len(of) * (num_global + size) for of, size in groups)
     whole = rows * (num_global + length)
     if needed >= (whole if config.unpad else WORTH_PACKING * whole):
         return None
     taken, given_back, batches, start = [], [], [], 0
     position = torch.arange(length, device=mask.device)
     globals_ = torch.arange(num_global, device=mask.device)
-    for blocks, of in alike.items():
+    for of, size in groups:
         which = torch.tensor(of, device=mask.device)[:, None]
         begins, ends = first[which], end[which]
         # the batch that these rows would be by themselves, without the padding around them
-        turned = (begins + position[: longest[blocks]]).clamp(max=length - 1)
         own_mask = None
-        if any(counts[row] != longest[blocks] for row in of):
-            own_mask = mask[which, turned] & (begins + position[: longest[blocks]] < ends)
-        placement = place(own_mask, longest[blocks], config, mask.device)
-        own = _layout(own_mask, longest[blocks], config, placement)
+        if any(counts[row] != size for row in of):
+            turned = begins + position[:size]
+            own_mask = mask[which, turned.clamp(max=length - 1)] & (turned < ends)
+        placement = place(own_mask, size, config, mask.device)
+        own = _layout(own_mask, size, config, placement)
         tokens = (begins + placement.tokens).clamp(max=length - 1)
         places = torch.cat([globals_.expand(len(of), -1), num_global + tokens], dim=1)
         taken.append((which * (num_global + length) + places).flatten())
@@ -208,9 +208,7 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
         given_back.append(starts + own.rows.expand(len(of), -1).gather(1, nearest))
         batches.append(Batch(len(of), places.shape[1], own.key_mask))
         start += places.numel()
-    in_order = torch.tensor(
-        [row for of in alike.values() for row in of], device=mask.device
-    ).argsort()
+    in_order = torch.tensor([row for of, _ in groups for row in of], device=mask.device).argsort()
     layout = Layout(None, torch.cat(given_back)[in_order], batches=tuple(batches))
     return Packing(torch.cat(taken), layout)
 
