@@ -152,10 +152,6 @@ def _locate(
     model: nn.Module, base: nn.Module, family: Family, config: LSGConfig, saved_reach: int | None
 ) -> Plan:
     embeddings = _find(base, family.embeddings)
-
-    def table(name: str) -> nn.Module:
-        return _find(base, f"{family.embeddings}.{name}")
-
     for name in family.global_path:
         getattr(embeddings, name)
     attentions = _find_all(base, family.attentions)
@@ -193,11 +189,11 @@ def _locate(
             )
     length = config.max_position_embeddings if reach is None else reach
     taken = global_positions(length, config.global_positional_stride, config.num_global_tokens)
-    words = table(family.words)
+    words = _find(embeddings, family.words)
     with torch.no_grad():
         rest = [family.first_token_extra(embeddings, base.config)]
         if family.token_types:
-            rest.append(_looked_up(table(family.token_types), [0])[0])
+            rest.append(_looked_up(_find(embeddings, family.token_types), [0])[0])
         known = [row.detach().to(device_of(words)) for row in rest if row is not None]
     return Plan(
         attentions=attentions,
@@ -225,8 +221,7 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 def _find_all(root: nn.Module, path: str) -> list[nn.Module]:
     """The modules below ``root`` at ``path``, without what was put around them, each once."""
-    found = dict.fromkeys(_unwrapped(module) for module in find_modules(root, path))
-    return list(found)
+    return list(dict.fromkeys(map(_unwrapped, find_modules(root, path))))
 
 
 def _find(root: nn.Module, path: str) -> nn.Module:
@@ -234,9 +229,7 @@ def _find(root: nn.Module, path: str) -> nn.Module:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = next(
-        (vars(module)["_modules"][x] for x in WRAPPED if x in vars(module)["_modules"]), None
-    )
+    inner = next((module._modules[x] for x in WRAPPED if x in module._modules), None)
     return module if inner is None else _unwrapped(inner)
 
 
