@@ -139,10 +139,6 @@ class MaskCarrier:
         return given
 
 
-# of self-attention modules of BART's kind: what a part of the encoder's head mask comes as
-LAYER_HEAD_MASK = "layer_head_mask"
-
-
 def padding_mask(mask: Tensor | None, head_mask: Tensor | None = None) -> Tensor | None:
     """(B, T), True for tokens, of the masks that a model hands on, or as a ``MaskCarrier`` has them.
 

@@ -87,7 +87,7 @@ class GiveLayout:
     call: Signature
 
     def __call__(self, attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        carried = self.call.get(compat.LAYER_HEAD_MASK, args, kwargs)
+        carried = self.call.get("layer_head_mask", args, kwargs)  # a part of the encoder's
         given = self.call.get(self.call.mask, args, kwargs) if carried is None else carried
         if carried is None and given is not None and given.dim() == 4 and given.shape[2] > 1:
             raise RuntimeError(
