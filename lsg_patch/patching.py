@@ -305,17 +305,15 @@ def freeze_except(model: Model, *parts: str) -> Model:
         raise ValueError(
             f"freeze_except: pass some of {', '.join(PARTS)}, of the two positions only one, not {parts!r}"
         )
-    patches, new = _require_patched(model), "new_positions" in parts
+    module, patches, new = module_of(model), _require_patched(model), "new_positions" in parts
     trained = [global_embeddings(base) for base, _ in patches] if "global" in parts else []
     with_positions = patches if new or "positions" in parts else []
     found = [(patch, *_tables_to_train(base, patch, new)) for base, patch in with_positions]
     of_bases = {id(p) for base, _ in patches for p in base.parameters()}
-    head = [p for p in module_of(model).parameters() if id(p) not in of_bases]
+    head = [p for p in module.parameters() if id(p) not in of_bases]
     if parts == ("head",) and not head:
-        raise ValueError(
-            f"'head', but the {type(module_of(model)).__name__} has none: pass another part"
-        )
-    join(module_of(model))
+        raise ValueError(f"'head', but the {type(module).__name__} has none: pass another part")
+    join(module)
     for patch, tables, old in found:
         sharing: dict[int, list[nn.Embedding]] = {}
         for table in tables:
@@ -325,7 +323,7 @@ def freeze_except(model: Model, *parts: str) -> Model:
             trained.append(split(group, old, patch) if new else whole)
     trained += head if "head" in parts else []
     ids = {id(x) for x in trained}
-    for parameter in module_of(model).parameters():
+    for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) in ids)
     return model
 
