@@ -27,13 +27,10 @@ def empty_box(embeddings: Any, config: Any) -> Tensor:
 def empty_path(embeddings: Any, config: Any) -> Tensor:
     """MarkupLM's embedding of a place outside of all tags; without dropout."""
     paths = embeddings.xpath_embeddings
-    tags = torch.cat(
-        [value_of(table)[config.tag_pad_id] for table in paths.xpath_tag_sub_embeddings]
-    )
-    indices = torch.cat(
-        [value_of(table)[config.subs_pad_id] for table in paths.xpath_subs_sub_embeddings]
-    )
-    unit = paths.xpath_unitseq2_inner((tags + indices)[None, None])  # a batch, as hooks know it
+    tags = [value_of(table)[config.tag_pad_id] for table in paths.xpath_tag_sub_embeddings]
+    indices = [value_of(table)[config.subs_pad_id] for table in paths.xpath_subs_sub_embeddings]
+    place = torch.cat(tags) + torch.cat(indices)
+    unit = paths.xpath_unitseq2_inner(place[None, None])  # a batch, as hooks know it
     path: Tensor = paths.inner2emb(paths.activation(unit))[0, 0]
     return path
 
