@@ -41,8 +41,7 @@ class Plan:
     (num_global_tokens, width), or None for none, the first of which is made of the token ``bos_id``;
     ``chunked`` are the modules that have a ``CHUNK``; ``period`` is the number of positions that are
     repeated (None: all); ``tables`` are all tables of positions, those that share a weight together;
-    ``is_causal`` says that the model is a decoder;
-    ``can_unpad`` that its layers can run on packed rows.
+    ``can_unpad`` says that the layers can run on packed rows.
     """
 
     attentions: list[nn.Module]
