@@ -253,8 +253,8 @@ class KeyCache:
             return key, value, ((key, value),)
         if cache is not None:
             own = getattr(cache, "self_attention_cache", cache)
-            places = self.call.get("cache_position", args, kwargs)  # up to 5.3
-            more = () if places is None else ({"cache_position": places},)
+            at = self.call.get("cache_position", args, kwargs)  # up to 5.3
+            more = () if at is None else ({"cache_position": at},)
             key, value = own.update(key, value, attention.layer_idx, *more)
         return key, value, ()
 

@@ -56,8 +56,8 @@ class EnterEncoder:
         like = embeds[:1, :, -1:]  # of three dimensions: the hooks on this table leave these alone
         table: Any = getattr(encoder, self.positions)
         # by forward: the hooks of others see what the encoder asks for, once
-        places = table.forward(like.shape if self.takes_shape else like)
-        hidden: Tensor = embeds + places.to(embeds.device)
+        positions = table.forward(like.shape if self.takes_shape else like)
+        hidden: Tensor = embeds + positions.to(embeds.device)
         if not self.check.config.num_global_tokens:
             return hidden
         rows: Tensor = encoder.global_embeddings(hidden)  # type: ignore[operator]

@@ -174,7 +174,7 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
     where that is not less than the whole, or by default not much less. A row of padding alone counts
     as one token, which is masked.
     """
-    rows, length = mask.shape
+    count, length = mask.shape
     first, real = mask.int().argmax(1), mask.sum(1)
     end = torch.where(real > 0, length - mask.int().flip(1).argmax(1), first + 1)
     lengths, counts = torch.stack([end - first, real]).tolist()
@@ -184,7 +184,7 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
         alike.setdefault(geometry.num_blocks(own), []).append(row)
     groups = [(of, max(lengths[row] for row in of)) for of in alike.values()]
     needed = sum(len(of) * (num_global + size) for of, size in groups)
-    whole = rows * (num_global + length)
+    whole = count * (num_global + length)
     if needed >= (whole if config.unpad else WORTH_PACKING * whole):
         return None
     taken, given_back, batches, start = [], [], [], 0
@@ -201,13 +201,13 @@ def pack(mask: Tensor, config: LSGConfig) -> Packing | None:
         placement = place(own_mask, size, config, mask.device)
         own = _layout(own_mask, size, config, placement)
         tokens = (begins + placement.tokens).clamp(max=length - 1)
-        places = torch.cat([globals_.expand(len(of), -1), num_global + tokens], dim=1)
-        taken.append((which * (num_global + length) + places).flatten())
+        rows = torch.cat([globals_.expand(len(of), -1), num_global + tokens], dim=1)
+        taken.append((which * (num_global + length) + rows).flatten())
         nearest = torch.minimum(torch.maximum(position, begins), ends - 1) - begins
-        starts = start + places.shape[1] * torch.arange(len(of), device=mask.device)[:, None]
+        starts = start + rows.shape[1] * torch.arange(len(of), device=mask.device)[:, None]
         given_back.append(starts + own.rows.expand(len(of), -1).gather(1, nearest))
-        batches.append(Batch(len(of), places.shape[1], own.key_mask))
-        start += places.numel()
+        batches.append(Batch(len(of), rows.shape[1], own.key_mask))
+        start += rows.numel()
     in_order = torch.tensor([row for of, _ in groups for row in of], device=mask.device).argsort()
     layout = Layout(None, torch.cat(given_back)[in_order], batches=tuple(batches))
     return Packing(torch.cat(taken), layout)
