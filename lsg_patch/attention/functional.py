@@ -233,18 +233,13 @@ def _attention(
 ) -> Tensor:
     """Attention of (B, H, N, D); ``selectable`` (B, T) are the tokens that selections may use."""
     geometry, dropout_p, scale = settings.geometry, settings.dropout_p, settings.scale
-    bias = settings.bias
-    batch, length = query.shape[0], key.shape[2] - num_global
-    has_kept_keys = key.shape[2] > query.shape[2]
-
-    def bias_of(queries: slice, keys: slice) -> Tensor | None:
-        return None if bias is None else bias.between_rows(num_global + length, queries, keys)
-
+    bias, rows = settings.bias, key.shape[2]
+    has_kept_keys = rows > query.shape[2]
     seen = None if mask is None else F.pad(mask, (num_global, 0), value=True).unsqueeze(1)
     # what is exported serves all lengths, so it takes the way that is right for all
-    is_short = has_kept_keys or (not is_exporting() and length <= geometry.full_length)
+    is_short = has_kept_keys or (not is_exporting() and rows - num_global <= geometry.full_length)
     if is_short and not geometry.is_causal:
-        added = bias_of(slice(None), slice(None))
+        added = bias and bias.between_rows(rows, slice(None), slice(None))
         return dense.full_attention(query, key, value, seen, dropout_p, scale, bias=added)
     global_query, token_query = _split(query, num_global)
     global_output = None
@@ -258,14 +253,14 @@ def _attention(
             None if seen is None else seen[:, :, visible],
             dropout_p,
             scale,
-            bias=bias_of(slice(num_global), visible),
+            bias=bias and bias.between_rows(rows, slice(num_global), visible),
         )
     if is_short:
         out = _full_causal_attention(token_query, key, value, seen, settings)
         return out if global_output is None else joined(global_output, out)
-    everything = query.new_ones(batch, 1, length + num_global, dtype=torch.bool)
-    everything = everything if seen is None else seen
-    parts = (_split(x, num_global) for x in (key, value, everything))
+    if seen is None:
+        seen = query.new_ones(query.shape[0], 1, rows, dtype=torch.bool)
+    parts = (_split(x, num_global) for x in (key, value, seen))
     global_keys, tokens = (Keys(*part) for part in zip(*parts, strict=True))
     sparse = None
     if geometry.has_sparse:
@@ -283,19 +278,10 @@ def _attention(
             with_positions=bias is not None and bias.reach > geometry.block_size,
         )
         sparse = select(settings.sparsity_type, inputs)
-    return BACKENDS[settings.backend](
-        Blocks(
-            token_query,
-            global_keys,
-            sparse,
-            tokens,
-            geometry,
-            scale,
-            dropout_p,
-            bias,
-            global_output,
-        )
+    blocks = Blocks(
+        token_query, global_keys, sparse, tokens, geometry, scale, dropout_p, bias, global_output
     )
+    return BACKENDS[settings.backend](blocks)
 
 
 def _split(x: Tensor, num_global: int) -> tuple[Tensor, Tensor]:
@@ -320,10 +306,8 @@ def _full_causal_attention(
         end = before + start + part.shape[2]
         mask = None if seen is None else seen[:, :, :end]
         keys, values = key[:, :, :end], value[:, :, :end]
-        bias = None
-        if settings.bias is not None:
-            rows = slice(before + start, end)
-            bias = settings.bias.between_rows(key.shape[2], rows, slice(end))
+        rows = slice(before + start, end)
+        bias = settings.bias and settings.bias.between_rows(key.shape[2], rows, slice(end))
         parts.append(
             dense.full_attention(
                 part, keys, values, mask, settings.dropout_p, settings.scale, True, bias
