@@ -113,6 +113,12 @@ def memory_like(x: Tensor, length: int) -> Tensor:
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
+def joined_masks(masks: list[Tensor]) -> Tensor:
+    """``masks`` (B, 1 or H, m, n) one after the other along n, for each head where one of them is."""
+    heads = max(mask.shape[1] for mask in masks)
+    return torch.cat([mask.expand(-1, heads, -1, -1) for mask in masks], dim=-1)
+
+
 def additive(mask: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """A boolean mask as what is added to scores: ``bias`` (or 0) where True, a penalty elsewhere.
 

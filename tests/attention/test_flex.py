@@ -244,10 +244,12 @@ def test_mask_function_and_tiles_hold_what_the_geometry_says(
     device = torch.device("cpu")
     plan = flex.plan_of(geometry, blocks, num_global, device)
 
-    tokens = dense._seen(length, geometry, (geometry.local_window,), length, device)
+    mask = torch.ones(1, 1, length)
+    tokens = dense._seen(mask, length, geometry, (geometry.local_window,))
     parts = [tokens.tril() if geometry.is_causal else tokens]
     if geometry.has_sparse:
-        parts.append(dense._seen(length, geometry, geometry.sparse_windows, num_sparse, device))
+        mask = torch.ones(1, 1, num_sparse)
+        parts.append(dense._seen(mask, length, geometry, geometry.sparse_windows))
     parts.append(torch.ones(length, num_global, dtype=torch.bool))
     expected = torch.zeros(plan.query_tiles * flex.QUERY_TILE, sum(plan.sizes), dtype=torch.bool)
     at = 0

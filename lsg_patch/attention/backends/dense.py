@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsg_patch.attention.bias import RelativeBias
-from lsg_patch.attention.blocks import Blocks, Keys, additive
+from lsg_patch.attention.blocks import Blocks, additive, joined_masks
 from lsg_patch.attention.geometry import Geometry, Window
 
 
@@ -41,40 +41,28 @@ def full_attention(
 def block_attention(blocks: Blocks) -> Tensor:
     """LSG attention of the tokens' queries, after the global output, by a (T, keys) mask: quadratic."""
     query, global_keys, sparse, tokens, geometry, *_ = blocks
-    length, device = query.shape[2], query.device
-    local = _seen(length, geometry, (geometry.local_window,), tokens.key.shape[2], device)
-    if geometry.is_causal:
-        local = local.tril()
-    sides = [
-        (global_keys, torch.ones(length, global_keys.key.shape[2], dtype=torch.bool, device=device))
-    ]
+    length = query.shape[2]
+    sides = [(global_keys, torch.ones(length, 1, dtype=torch.bool, device=query.device))]
     if sparse is not None:
-        windows = geometry.sparse_windows
-        sides.append((sparse, _seen(length, geometry, windows, sparse.key.shape[2], device)))
-    sides.append((tokens, local))
-    mask = torch.cat([keys.mask.unsqueeze(2) & seen for keys, seen in _same_heads(sides)], dim=-1)
-    added = None
-    if blocks.bias is not None:
-        added = _bias(blocks.bias, global_keys.key.shape[2], sparse, length, geometry)
+        sides.append((sparse, _seen(sparse.mask, length, geometry, geometry.sparse_windows)))
+    local = _seen(tokens.mask, length, geometry, (geometry.local_window,))
+    sides.append((tokens, local.tril() if geometry.is_causal else local))
+    mask = joined_masks([keys.mask.unsqueeze(2) & seen for keys, seen in sides])
+    bias = blocks.bias and _bias(blocks.bias, blocks)
     out = F.scaled_dot_product_attention(
         query,
         torch.cat([keys.key for keys, _ in sides], dim=2),
         torch.cat([keys.value for keys, _ in sides], dim=2),
-        attn_mask=additive(mask, query.dtype, added),
+        attn_mask=additive(mask, query.dtype, bias),
         dropout_p=blocks.dropout_p,
         scale=blocks.scale,
     )
     return blocks.joined(out)
 
 
-def _seen(
-    length: int,
-    geometry: Geometry,
-    windows: tuple[Window, ...],
-    num_keys: int,
-    device: torch.device,
-) -> Tensor:
-    """(T, num_keys): which keys the windows of each token's block hold."""
+def _seen(mask: Tensor, length: int, geometry: Geometry, windows: tuple[Window, ...]) -> Tensor:
+    """(T, n): which keys, those of ``mask`` (B, 1 or H, n), the windows of each token's block hold."""
+    num_keys, device = mask.shape[2], mask.device
     block = torch.arange(length, device=device)[:, None] // geometry.block_size
     key = torch.arange(num_keys, device=device)
     seen = torch.zeros(length, num_keys, dtype=torch.bool, device=device)
@@ -84,20 +72,14 @@ def _seen(
     return seen
 
 
-def _bias(
-    bias: RelativeBias, num_global: int, sparse: Keys | None, length: int, geometry: Geometry
-) -> Tensor:
+def _bias(bias: RelativeBias, blocks: Blocks) -> Tensor:
     """(1 or B, H, T, keys): of all tokens' queries and all keys."""
-    token = torch.arange(length, device=bias.table.device)
-    positions = [bias.global_positions(num_global), token[None, None]]
+    sparse = blocks.sparse
+    token = torch.arange(blocks.query.shape[2], device=bias.table.device)
+    positions = [bias.global_positions(blocks.global_keys.key.shape[2]), token[None, None]]
     if sparse is not None:
         index = torch.arange(sparse.key.shape[2], device=token.device)
-        means = geometry.sparse_positions(index)[None, None]
+        means = blocks.geometry.sparse_positions(index)[None, None]
         positions.insert(1, means if sparse.positions is None else sparse.positions)
     shared = torch.broadcast_shapes(*(x.shape[:2] for x in positions))
     return bias.between(token[None], torch.cat([x.expand(*shared, -1) for x in positions], dim=-1))
-
-
-def _same_heads(sides: list[tuple[Keys, Tensor]]) -> list[tuple[Keys, Tensor]]:
-    heads = max(keys.mask.shape[1] for keys, _ in sides)
-    return [(keys._replace(mask=keys.mask.expand(-1, heads, -1)), seen) for keys, seen in sides]

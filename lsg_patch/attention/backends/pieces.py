@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lsg_patch.attention.bias import BlockBias
-from lsg_patch.attention.blocks import Blocks, Keys, additive
+from lsg_patch.attention.blocks import Blocks, Keys, additive, joined_masks
 from lsg_patch.attention.geometry import Run, unfold_windows
 
 # bytes of the keys, values and scores of a piece, for each thread: what its cache holds until used
@@ -80,17 +80,12 @@ class Piece(NamedTuple):
 
     def added(self) -> Tensor | None:
         """Mask and bias, as what is added to scores: (1 or rows, 1 or heads, 1 or blocks, 1 or b, keys)."""
-        bias = None if self.bias is None else self.bias.between(self._positions())
+        bias = self.bias and self.bias.between(self._positions())
         seen = self.causal
         if self.has_hidden:
-            masks = self.windows("mask")
-            heads = max(mask.shape[1] for mask in masks)
-            known = torch.cat([mask.expand(-1, heads, -1, -1) for mask in masks], dim=-1)
-            known = known.unsqueeze(-2)
+            known = joined_masks(self.windows("mask")).unsqueeze(-2)
             seen = known if seen is None else known & seen
-        if seen is None:
-            return bias
-        return additive(seen, self.blocks.query.dtype, bias)
+        return bias if seen is None else additive(seen, self.blocks.query.dtype, bias)
 
     def _causal(self) -> Tensor:
         """Which keys are not after a query: those of its own block come last."""
@@ -126,8 +121,9 @@ class Piece(NamedTuple):
 
 def runs(blocks: Blocks) -> Iterator[Piece]:
     """All blocks, with windows that the ends of the sequence and keys hidden there cut off."""
-    hidden = [_hidden(keys) for keys in (blocks.global_keys, blocks.sparse, blocks.tokens)]
-    hidden_globals, hidden_sparse, hidden_tokens = hidden
+    hidden_globals, hidden_sparse, hidden_tokens = (
+        _hidden(keys) for keys in (blocks.global_keys, blocks.sparse, blocks.tokens)
+    )
     geometry, length = blocks.geometry, blocks.query.shape[2]
     # most often the one token that a global token replaces
     first = _never_seen(blocks.tokens.mask[:, :, : geometry.block_size - 1]) if hidden_tokens else 0
