@@ -166,12 +166,8 @@ class Geometry:
         """Sparse tokens that a block sees: those that end, and begin, at its local window's edges."""
         if not self.has_sparse:
             return ()
-        left = Window(
-            -self.sparse_per_block - self.sparse_block_size,
-            self.sparse_block_size,
-            self.sparse_per_block,
-        )
-        right = Window(2 * self.sparse_per_block, self.sparse_block_size, self.sparse_per_block)
+        size, stride = self.sparse_block_size, self.sparse_per_block
+        left, right = Window(-stride - size, size, stride), Window(2 * stride, size, stride)
         return (left,) if self.is_causal else (left, right)
 
     def sparse_positions(self, index: Tensor) -> Tensor:

@@ -206,8 +206,7 @@ def compiled(
 ) -> Callable[..., Tensor]:
     """FlexAttention, compiled for all that does not change from batch to batch, at its first call."""
     # torch counts compilations by code object, and gives up after a few: each has its own
-    code = _attend.__code__.replace()
-    own = FunctionType(code, _attend.__globals__)
+    own = FunctionType(_attend.__code__.replace(), _attend.__globals__)
     # the whole graph, or an error: uncompiled flex is quadratic
     return torch.compile(own, dynamic=True, fullgraph=True)
 

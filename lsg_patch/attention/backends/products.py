@@ -132,17 +132,9 @@ def _run_operation(
     scale: float,
 ) -> Tensor:
     block_size, sparse_block_size, factor, is_causal = geometry
-    return block_attention(
-        Blocks(
-            query,
-            Keys(*global_keys),
-            Keys(*sparse) if sparse else None,
-            Keys(*tokens),
-            Geometry(block_size, sparse_block_size, factor, bool(is_causal)),
-            scale,
-            global_output=global_output,
-        )
-    )
+    shape = Geometry(block_size, sparse_block_size, factor, bool(is_causal))
+    keys = (Keys(*global_keys), Keys(*sparse) if sparse else None, Keys(*tokens))
+    return block_attention(Blocks(query, *keys, shape, scale, global_output=global_output))
 
 
 def _shape_operation(query: Tensor, *keys: Any) -> Tensor:
@@ -230,8 +222,7 @@ class _Step(NamedTuple):
             views = unfold_windows(grad, windows, run.num_blocks, 2, run.first_block)
             for window, view in zip(windows, views, strict=True):
                 # windows of neighbouring blocks overlap, parts of a stride do not
-                for start in range(0, window.size, window.stride):
-                    part = view[:, :, :, start : start + window.stride]
+                for part in view.split(window.stride, dim=3):
                     part.add_(given[:, :, :, count : count + part.shape[3]])
                     count += part.shape[3]
 
@@ -245,8 +236,7 @@ def _steps(blocks: Blocks, most_bytes: int, seed: int) -> Iterator[_Step]:
         num_keys = -(-piece.num_keys // of_line) * of_line
         dropout_mask = None
         if dropout.rate:
-            dropout_mask = memory.of("dropout", query, *query.shape[:2], num_keys)
-            dropout.draw(dropout_mask)
+            dropout_mask = dropout.draw(memory.of("dropout", query, *query.shape[:2], num_keys))
         key = memory.gather("keys", piece.windows("key"), num_keys)
         yield _Step(piece, query, key, dropout_mask, dropout.rescale, memory)
 

@@ -59,17 +59,13 @@ def _attend(piece: Piece) -> Tensor:
         """(rows, heads, blocks, ...) in the four dimensions of a fused attention."""
         return x.squeeze(2) if is_single else x.flatten(0, 1)
 
-    key, value = (_joined(piece.windows(name)) for name in ("key", "value"))
+    query = merged(piece.query)
+    key, value = (merged(_joined(piece.windows(name))) for name in ("key", "value"))
     added = piece.added()
-    if added is not None and not is_single:
-        added = added.expand(*shape[:2], -1, -1, -1)
+    if added is not None:
+        added = merged(added if is_single else added.expand(*shape[:2], -1, -1, -1))
     out = F.scaled_dot_product_attention(
-        merged(piece.query),
-        merged(key),
-        merged(value),
-        attn_mask=None if added is None else merged(added),
-        dropout_p=blocks.dropout_p,
-        scale=blocks.scale,
+        query, key, value, attn_mask=added, dropout_p=blocks.dropout_p, scale=blocks.scale
     )
     return out.view(*shape, out.shape[-1])
 
