@@ -134,17 +134,6 @@ def additive(mask: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Te
     return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(hidden, penalty)
 
 
-def take_rows(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rows ``index`` (B, H, n) of each of the ``tensors`` (B, H, T, D), as (B, H, n, D)."""
-    batch, heads, length, width = tensors[0].shape
-    b = torch.arange(batch, device=index.device)[:, None, None]
-    h = torch.arange(heads, device=index.device)[:, None]
-    flat = ((b * length + index) * heads + h).flatten()
-    # projections come as (B, T, H, D) in memory, where this reshape is free and a row one copy
-    rows = (x.transpose(1, 2).reshape(-1, width) for x in tensors)
-    return tuple(x.index_select(0, flat).view(*index.shape, width) for x in rows)
-
-
 def _part(x: Tensor, rows: slice, heads: slice) -> Tensor:
     """These rows and heads of ``x`` (1 or B, 1 or H, ...), where it has more than one."""
     everything = slice(None)

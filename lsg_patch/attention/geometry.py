@@ -65,9 +65,7 @@ class Window:
         offset = block * self.stride
         begin = max(begin, offset + self.start)
         end = min(end, offset + self.start + self.size)
-        if end <= begin:
-            return Window(0, 0, self.stride)
-        return Window(begin - offset, end - begin, self.stride)
+        return Window(begin - offset, max(0, end - begin), self.stride)
 
 
 class Run(NamedTuple):
@@ -173,11 +171,6 @@ class Geometry:
     def sparse_positions(self, index: Tensor) -> Tensor:
         """Positions of the sparse tokens ``index``, for selections that average neighbouring tokens."""
         return index * self.sparsity_factor + (self.sparsity_factor - 1) // 2
-
-    def whole(self, length: int) -> Run:
-        """All blocks of ``length`` tokens as one run, with windows that leave the sequence."""
-        num_blocks = self.num_blocks(length)
-        return Run(0, num_blocks, self.block_size, self.local_window, self.sparse_windows)
 
     def runs(self, tokens: range, sparse: range) -> tuple[Run, ...]:
         """The blocks of ``tokens.stop`` tokens, with windows that hold ``tokens`` and ``sparse`` alone."""

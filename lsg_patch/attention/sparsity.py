@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsg_patch.attention.blocks import Keys, additive, take_rows
+from lsg_patch.attention.blocks import Keys, additive
 from lsg_patch.attention.compiling import is_compiling, is_exporting
 from lsg_patch.attention.geometry import Geometry, check_int
 
@@ -210,8 +210,12 @@ class _Buckets(NamedTuple):
         # a GPU is made for products, and a graph has no memory to add to
         if x.device.type == "cpu" and not is_compiling():
             return self._added(x)
+        seen = self.seen.to(x.dtype).expand(self.bucket.shape)
+        # scattered: converting booleans would take longer than all the rest
+        members = seen.new_zeros(*seen.shape[:-1], self.size, seen.shape[-1])
+        members = members.scatter(-2, self.bucket.unsqueeze(-2), seen.unsqueeze(-2))
         chunks: Tensor = x.unflatten(2, tuple(self.bucket.shape[2:]))
-        return self._members(x.dtype) @ chunks
+        return members @ chunks
 
     def _added(self, x: Tensor) -> Tensor:
         """Row by row, in the order of memory: few numbers are touched, where a product multiplies zeros."""
@@ -223,13 +227,6 @@ class _Buckets(NamedTuple):
         rows = row.flatten(2).transpose(1, 2).flatten()
         out.index_add_(0, rows, x.transpose(1, 2).flatten(0, 2))
         return out.view(*chunks, self.size + 1, width)[..., : self.size, :]
-
-    def _members(self, dtype: torch.dtype) -> Tensor:
-        """(B, H, chunks, size, chunk): 1 where a token is in a bucket."""
-        seen = self.seen.to(dtype).expand(self.bucket.shape)
-        # scattered: converting booleans would take longer than all the rest
-        members = seen.new_zeros(*seen.shape[:-1], self.size, seen.shape[-1])
-        return members.scatter(-2, self.bucket.unsqueeze(-2), seen.unsqueeze(-2))
 
 
 SELECTIONS: dict[str, Callable[[SelectionInputs], Keys]] = {
@@ -307,8 +304,14 @@ def _pool(tokens: Keys, weights: Tensor, seen: Tensor) -> Keys:
 def _take(inputs: SelectionInputs, index: Tensor) -> Keys:
     """The tokens of this ``index`` (B, H, n), which may be beyond the last one: hidden then."""
     tokens = inputs.tokens
-    heads, length = tokens.key.shape[1:3]
+    batch, heads, length, width = tokens.key.shape
     mask = F.pad(tokens.mask, (0, _missing(inputs))).expand(-1, heads, -1).gather(2, index)
-    positions = index if inputs.with_positions else None
-    key, value = take_rows(index.clamp(max=length - 1), tokens.key, tokens.value)
-    return Keys(key, value, mask, positions)
+    b = torch.arange(batch, device=index.device)[:, None, None]
+    h = torch.arange(heads, device=index.device)[:, None]
+    row = ((b * length + index.clamp(max=length - 1)) * heads + h).flatten()
+    # projections come as (B, T, H, D) in memory, where this reshape is free and a row one copy
+    key, value = (
+        x.transpose(1, 2).reshape(-1, width).index_select(0, row).view(*index.shape, width)
+        for x in (tokens.key, tokens.value)
+    )
+    return Keys(key, value, mask, index if inputs.with_positions else None)

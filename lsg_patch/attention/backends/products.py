@@ -65,14 +65,10 @@ def _attend(blocks: Blocks, most_bytes: int, seed: int) -> Tensor:
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        blocks: Blocks,
-        most_bytes: int,
-        seed: int,
-        global_output: Tensor | None,
-        *tensors: Tensor | None,
+        ctx: Any, blocks: Blocks, most_bytes: int, seed: int, *inputs: Tensor | None
     ) -> Tensor:
         out = _attend(blocks, most_bytes, seed)
+        _, *tensors = inputs  # the first is the global output, here for its gradient alone
         # tensors are saved by autograd alone, which watches over them
         nothing = [out.new_empty(0)] * len(tensors)
         ctx.blocks = blocks._replace(global_output=None).with_tensors(*nothing)

@@ -10,6 +10,7 @@ from lsg_patch.attention.backends import products
 from lsg_patch.attention.backends.pieces import Piece, cache_bytes, pieces, runs
 from lsg_patch.attention.blocks import Blocks
 from lsg_patch.attention.compiling import is_compiling, keeps_operations
+from lsg_patch.attention.geometry import Run
 
 # products of whole matrices need a fast library; with it, training and inference have the same bits
 HAS_BLAS = torch.backends.mkl.is_available()
@@ -42,11 +43,12 @@ def _runs_as_operation(blocks: Blocks) -> bool:
 
 
 def _at_once(blocks: Blocks) -> Tensor:
-    """All blocks in one call, whatever is hidden."""
+    """All blocks in one call, whatever is hidden, with windows that leave the sequence."""
     geometry, length = blocks.geometry, blocks.query.shape[2]
-    missing = geometry.num_blocks(length) * geometry.block_size - length
-    padded = blocks._replace(query=F.pad(blocks.query, (0, 0, 0, missing)))
-    out = _attend(Piece.whole(padded, geometry.whole(length)))
+    num_blocks, size = geometry.num_blocks(length), geometry.block_size
+    padded = blocks._replace(query=F.pad(blocks.query, (0, 0, 0, num_blocks * size - length)))
+    run = Run(0, num_blocks, size, geometry.local_window, geometry.sparse_windows)
+    out = _attend(Piece.whole(padded, run))
     return blocks.joined(out.flatten(2, 3)[:, :, :length])
 
 
