@@ -26,13 +26,12 @@ def full_attention(
     ``mask`` (B, 1 or H, m) is True where a key is seen, None where all are. With ``is_causal`` the
     last query is aligned with the last key. ``bias`` (1 or B, H, n, m) is added to the scores.
     """
-    attn_mask = bias
-    if mask is not None or is_causal:
+    seen = None if mask is None else mask.unsqueeze(2)
+    if is_causal:
         n, m = query.shape[2], key.shape[2]
-        seen = torch.ones(n if is_causal else 1, m, dtype=torch.bool, device=query.device)
-        seen = seen.tril(m - n) if is_causal else seen
-        seen = seen if mask is None else mask.unsqueeze(2) & seen
-        attn_mask = additive(seen, query.dtype, bias)
+        before = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+        seen = before if seen is None else seen & before
+    attn_mask = bias if seen is None else additive(seen, query.dtype, bias)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
     )
