@@ -337,9 +337,8 @@ def _with_first_token_global(
     weighs = settings.sparsity_type in weighing and factor > 1
     if settings.bias is not None:
         positions = settings.bias.positions
-        positions = (
-            torch.arange(length, device=query.device)[None] if positions is None else positions
-        )
+        if positions is None:
+            positions = torch.arange(length, device=query.device)[None]
         positions = torch.cat([positions[:, :1], positions], dim=1)
         settings = settings._replace(bias=settings.bias._replace(positions=positions))
     out = _attention(query, key, value, elsewhere, mask if weighs else elsewhere, 1, settings)

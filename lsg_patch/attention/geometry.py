@@ -155,9 +155,8 @@ class Geometry:
     @property
     def local_window(self) -> Window:
         """Tokens that a block sees: its own block and its neighbours."""
-        return Window(
-            -self.block_size, (2 if self.is_causal else 3) * self.block_size, self.block_size
-        )
+        size = self.block_size
+        return Window(-size, (2 if self.is_causal else 3) * size, size)
 
     @property
     def sparse_windows(self) -> tuple[Window, ...]:

@@ -41,12 +41,10 @@ def missing() -> str | None:
 
 
 def why_not(blocks: Blocks) -> str | None:
-    """Why FlexAttention cannot run this; None where it can."""
+    """Why FlexAttention, which is not ``missing``, cannot run this; None where it can."""
     device, dtype = blocks.query.device.type, blocks.query.dtype
     if is_compiling():
         return "it is compiled by itself, not inside another torch.compile, export or trace"
-    if missing():
-        return missing()
     if device not in KEY_TILE:
         return f"it runs on cuda and cpu, not on {device}"
     if dtype not in DTYPES:
