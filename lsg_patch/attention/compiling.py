@@ -37,7 +37,8 @@ def is_compiling() -> bool:
     # torch's own autograd functions ask for transforms in this way
     if is_exporting() or torch._C._are_functorch_transforms_active():
         return True
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    keys = getattr(torch._C, "_TorchDispatchModeKey", None)  # torch 2.2 and later
+    if keys and torch._C._get_dispatch_mode(keys.FAKE) is not None:
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
