@@ -26,13 +26,23 @@ def keeps_operations() -> bool:
     return torch.compiler.is_compiling() and not is_exporting()
 
 
+def _is_followed() -> bool:
+    """Whether torch.compile or torch.export is following this call."""
+    compiler = getattr(torch.compiler, "is_compiling", None)  # torch 2.3 and later
+    return bool(compiler() if compiler else torch._dynamo.is_compiling())
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func alone is following this call."""
+    return not _is_followed() and torch._C._are_functorch_transforms_active()
+
+
 def is_compiling() -> bool:
     """Whether torch.compile, torch.export, torch.jit.trace, a CUDA graph, a transform of torch.func or a
     mode of tensors without values (FakeTensorMode) is following this call: then no value can be looked at,
     and memory is not to be written to.
     """
-    compiler = getattr(torch.compiler, "is_compiling", None)  # torch 2.3 and later
-    if compiler() if compiler else torch._dynamo.is_compiling():
+    if _is_followed():
         return True
     # torch's own autograd functions ask for transforms in this way
     if is_exporting() or torch._C._are_functorch_transforms_active():

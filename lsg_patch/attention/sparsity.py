@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsg_patch.attention.blocks import Keys, additive
-from lsg_patch.attention.compiling import is_compiling, is_exporting
+from lsg_patch.attention.compiling import is_compiling, is_exporting, is_transformed
 from lsg_patch.attention.geometry import Geometry, check_int
 
 MOST_ROUNDS, MOST_SEED = 64, 1 << 62
@@ -97,8 +97,8 @@ def _longest(norm: Tensor, count: int, in_order: bool) -> Tensor:
         earlier = torch.ones(norm.shape[-1:] * 2, dtype=torch.bool, device=norm.device).tril(-1)
         before = ((other > own) | ((other == own) & earlier)).sum(-1)
         return before.topk(count, dim=-1, largest=False).indices
-    # other devices may not rank such integers
-    by_bits = norm.device.type in ("cpu", "cuda")
+    # other devices may not rank such integers, and transforms of torch 2.1 do not read bits
+    by_bits = norm.device.type in ("cpu", "cuda") and not is_transformed()
     if norm.dtype != torch.float32 or not by_bits:
         return norm.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     # the bits of a float that is not negative, read as an integer, are in its order
