@@ -295,6 +295,25 @@ def test_hidden_states_are_in_order_after_a_call_that_failed() -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_hidden_states_are_in_order_where_a_hook_calls_another_model(copied: bool) -> None:
+    """Each model takes its own notes: between the stack's end and its own, too."""
+    outer = pair("bert")[1]
+    inner = copy.deepcopy(outer) if copied else pair("bert")[1]
+    ids, other = ids_like(RIGHT, "bert"), RIGHT[:2].flip(1)
+
+    def call(*_: Any) -> None:
+        inner(ids_like(other, "bert"), other, output_hidden_states=True)
+
+    with torch.no_grad():
+        want = outer(ids, RIGHT, output_hidden_states=True)
+        hook = outer.pooler.register_forward_pre_hook(call)
+        got = outer(ids, RIGHT, output_hidden_states=True)
+    hook.remove()
+    for x, y in zip(got.hidden_states, want.hidden_states, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 def test_what_cannot_be_unpadded_is_refused() -> None:
     with pytest.raises(ValueError, match="XmodModel hands lang_ids to its layers.*unpad=False"):
         lsg_patch.patch_model(tiny_model("xmod"), **SETTINGS, unpad=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from lsg_patch.families import Rotary
 from lsg_patch.modules.causal import change_heads, lay_out_step
 from lsg_patch.modules.layout import Layout, enter, take_rows, with_globals_in_front
 from lsg_patch.modules.link import Link
+from lsg_patch.modules.notes import Note
 
 
 @dataclass(frozen=True)
@@ -142,17 +142,19 @@ def input_of(call: Signature, args: Args, kwargs: Kwargs) -> Any:
 class EnterModel:
     """Before the base model: checks its input and keeps the padding mask compact.
 
-    ``cross_mask`` does so with the mask over an encoder's states, in a decoder.
+    ``cross_mask`` does so with the mask over an encoder's states, in a decoder. ``notes`` are those that
+    an earlier call may have left, if it failed.
     """
 
     check: CheckInput
     carrier: compat.MaskCarrier
     cross_mask: compat.CrossMask | None
+    notes: tuple[Note, ...]
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call = self.check.call
-        for variable in (_RATIO, _ROWS):  # an earlier call may have failed in between
-            _note(variable, None)
+        for note in self.notes:
+            note.take()
         given, mask, cached = self.check(base, args, kwargs)
         if given is None:
             return args, kwargs
@@ -202,23 +204,6 @@ class LinkStack:
 
 # on embedded tokens: the global tokens that belong to them, (B, g, width)
 NOTE = "lsg_global_tokens"
-# how the words of these are scaled, (B, 1, 1), where a hook of others gave a tensor without the note
-_RATIO: ContextVar[Tensor | None] = ContextVar("ratio", default=None)
-# the stack's rows that the tokens of the input are given back from, (1 or B, T0)
-_ROWS: ContextVar[Tensor | None] = ContextVar("rows", default=None)
-
-
-def _note(variable: ContextVar[Tensor | None], value: Tensor | None) -> None:
-    """For a later hook of the same call; compiled code notes nothing."""
-    if not is_compiling():
-        variable.set(value)
-
-
-def _noted(variable: ContextVar[Tensor | None]) -> Tensor | None:
-    """What was noted, which is then forgotten."""
-    value = None if is_compiling() else variable.get()
-    _note(variable, None)
-    return value
 
 
 @dataclass(frozen=True)
@@ -228,6 +213,7 @@ class GlobalTokens:
     Where the words of a row are scaled otherwise than usual, its global tokens are as well, but for
     what they have of a position: ``position_rows`` of the table ``positions``. The modules of
     ``path`` are in the ``embeddings`` of the base model, which has the ``projection`` too, if any.
+    ``ratio`` (B, 1, 1) says how words are scaled where a hook of others gave a tensor without the note.
     """
 
     embeddings: str
@@ -235,6 +221,7 @@ class GlobalTokens:
     positions: str | None
     position_rows: tuple[int, ...]
     projection: str | None
+    ratio: Note
 
     def of(self, embeddings: Any, embedded: Tensor, ratio: Tensor | None = None) -> Tensor:
         """(B, g, width) for ``embedded`` (B, T0, width), words being scaled ``ratio`` (B, 1, 1) times."""
@@ -260,7 +247,7 @@ class GlobalTokens:
         rows, differentiable = getattr(embedded, NOTE, (None, None))
         if rows is not None and not is_compiling():
             delattr(embedded, NOTE)  # a tensor that is used again must not carry an old note
-        ratio = _noted(_RATIO)
+        ratio = self.ratio.take()
         if rows is None or differentiable != torch.is_grad_enabled():
             embeddings: Any = base.get_submodule(self.embeddings)
             fits = ratio is not None and len(ratio) == len(embedded)
@@ -290,7 +277,8 @@ class NoteGlobals:
             ratio = scale / self.word_scale(embeddings, None, None)
         elif is_compiling():
             return output  # not every compiler knows attributes of tensors
-        _note(_RATIO, ratio)
+        if ratio is not None:
+            self.tokens.ratio.leave(ratio)
         rows = self.tokens.of(embeddings, output, ratio)
         if rows.requires_grad and not is_compiling():
             rows, output = _Together.apply(rows, output)
@@ -415,16 +403,17 @@ def leave_out(*args: Any, **kwargs: Any) -> None:
 class LeaveStack:
     """After the layer stack: its output, and what it collected, in the input's order.
 
-    ``for_model``: the base model has collected something, too, and is told of the order.
+    ``rows`` (1 or B, T0), the stack's rows that tokens are given back from, are what it leaves for a base
+    model that has collected something, too.
     """
 
     call: Signature
-    for_model: bool
+    rows: Note | None
 
     def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         layout: Layout = self.call.get(self.call.mask, args, kwargs)
-        if self.for_model:
-            _note(_ROWS, layout.rows)
+        if self.rows is not None:
+            self.rows.leave(layout.rows)
         return in_order(output, layout.rows)
 
 
@@ -435,15 +424,16 @@ class LeaveModel:
     config: LSGConfig
     call: Signature
     num_layers: int
+    rows: Note
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        rows = _noted(_ROWS)
+        rows = self.rows.take()
         if isinstance(output, Tensor):
             return output
         values = output if isinstance(output, tuple) else tuple(output.values())
         last: Tensor = values[0]
         if any(_are_recorded(value) for value in values):
-            if rows is None:  # compiled stacks note nothing, and are not packed
+            if rows is None:  # compiled stacks leave no note, and are not packed
                 mask = compat.padding_mask(self.call.get(self.call.mask, args, kwargs))
                 rows = lay_out_step(mask, last.shape[1], self.config, last.device).rows
             output = in_order(output, rows, last)
