@@ -12,7 +12,6 @@ from lsg_patch.config import LSGConfig
 from lsg_patch.families import Family
 from lsg_patch.modules import edges, encoder, stack
 from lsg_patch.modules.link import Link
-from lsg_patch.modules.notes import Note
 from lsg_patch.plan import Plan
 from lsg_patch.undo import Journal
 
@@ -42,15 +41,14 @@ def _hook_stack(
         config = replace(config, pool_with_global=bool(config.mask_first_token))
     carrier = compat.MaskCarrier.of(base, num_layers, plan.is_causal)
     cross_mask = compat.CrossMask.of(base) if plan.is_causal else None
-    ratio, rows = Note(), Note()
-    edges.before(base, stack.EnterModel(check, carrier, cross_mask, (ratio, rows)), journal)
+    edges.before(base, stack.EnterModel(check, carrier, cross_mask), journal)
     if plan.rotary is not None:
         if compat.hands_rotation_to_stack(plan.stack):
             edges.before(base, stack.GivePositions(check.call, plan.global_positions), journal)
         if plan.rotary.table is not None and plan.positions is not None:
             # the stack would read as many rows as it has; its layers get theirs with the layout
             journal.before(plan.positions, encoder.first_position, with_kwargs=False)
-    tokens = _hook_embeddings(base, family, plan, ratio, journal)
+    tokens = _hook_embeddings(base, family, plan, journal)
     of_stack = Signature.of(plan.stack)
     enter_stack = stack.EnterStack(
         config,
@@ -64,15 +62,14 @@ def _hook_stack(
         from_text=plan.rotary is not None and not plan.rotary.turns_values(plan.attentions[0]),
     )
     journal.before(plan.stack, enter_stack)
-    if compat.stack_collects_hidden_states(plan.stack):
-        journal.after(plan.stack, stack.LeaveStack(of_stack, rows=None))
-    else:
-        journal.after(plan.stack, stack.LeaveStack(of_stack, rows))
-        edges.after(base, stack.LeaveModel(config, check.call, num_layers, rows), journal)
+    for_model = not compat.stack_collects_hidden_states(plan.stack)
+    journal.after(plan.stack, stack.LeaveStack(of_stack, for_model))
+    if for_model:
+        edges.after(base, stack.LeaveModel(config, check.call, num_layers), journal)
 
 
 def _hook_embeddings(
-    base: nn.Module, family: Family, plan: Plan, ratio: Note, journal: Journal
+    base: nn.Module, family: Family, plan: Plan, journal: Journal
 ) -> stack.GlobalTokens | None:
     """Hook the embeddings; returns the global tokens for the stack (None: there are none)."""
     call = Signature.of(plan.embeddings)
@@ -89,7 +86,6 @@ def _hook_embeddings(
         positions=family.positions if plan.rotary is None else None,
         position_rows=tuple(plan.offset + position for position in plan.global_positions),
         projection=None if projection is None else family.projection,
-        ratio=ratio,
     )
     journal.after(plan.embeddings, stack.NoteGlobals(tokens, call, family.word_scale))
     if projection is not None:

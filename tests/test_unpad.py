@@ -295,23 +295,43 @@ def test_hidden_states_are_in_order_after_a_call_that_failed() -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_hidden_states_are_in_order_where_a_hook_calls_another_model(copied: bool) -> None:
-    """Each model takes its own notes: between the stack's end and its own, too."""
-    outer = pair("bert")[1]
-    inner = copy.deepcopy(outer) if copied else pair("bert")[1]
+@pytest.mark.parametrize("called", ["another", "copy", "itself"])
+def test_hidden_states_are_in_order_where_a_hook_calls_a_model(called: str) -> None:
+    """Between the end of the stack and that of the model."""
+    model = pair("bert")[1]
+    inner = {"another": pair("bert")[1], "copy": copy.deepcopy(model), "itself": model}[called]
     ids, other = ids_like(RIGHT, "bert"), RIGHT[:2].flip(1)
+    running: list[bool] = []
 
     def call(*_: Any) -> None:
-        inner(ids_like(other, "bert"), other, output_hidden_states=True)
+        if not running:
+            running.append(True)
+            inner(ids_like(other, "bert"), other, output_hidden_states=True)
 
     with torch.no_grad():
-        want = outer(ids, RIGHT, output_hidden_states=True)
-        hook = outer.pooler.register_forward_pre_hook(call)
-        got = outer(ids, RIGHT, output_hidden_states=True)
+        want = model(ids, RIGHT, output_hidden_states=True)
+        hook = model.pooler.register_forward_pre_hook(call)
+        got = model(ids, RIGHT, output_hidden_states=True)
     hook.remove()
+    assert running
     for x, y in zip(got.hidden_states, want.hidden_states, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["copied", "output replaced"])
+def test_hidden_states_are_in_order_where_the_stack_was_changed(change: str) -> None:
+    model = pair("bert")[1]
+    ids = ids_like(RIGHT, "bert")
+    with torch.no_grad():
+        want = model(ids, RIGHT, output_hidden_states=True)
+        if change == "copied":  # as PEFT's modules_to_save copies a part
+            model.encoder = copy.deepcopy(model.encoder)
+        else:
+            model.encoder.register_forward_hook(lambda *x: type(x[2])(x[2][0] + 0.0))
+        got = model(ids, RIGHT, output_hidden_states=True)
+    for x, y in zip(got.hidden_states, want.hidden_states, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    assert not vars(got.last_hidden_state)  # no note is left on what users get
 
 
 def test_what_cannot_be_unpadded_is_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,8 @@ from lsg_patch.compat import Args, Kwargs, Signature
 from lsg_patch.config import LSGConfig
 from lsg_patch.families import Rotary
 from lsg_patch.modules.causal import change_heads, lay_out_step
-from lsg_patch.modules.layout import Layout, enter, take_rows, with_globals_in_front
+from lsg_patch.modules.layout import Layout, enter, packing_of, take_rows, with_globals_in_front
 from lsg_patch.modules.link import Link
-from lsg_patch.modules.notes import Note
 
 
 @dataclass(frozen=True)
@@ -142,19 +142,15 @@ def input_of(call: Signature, args: Args, kwargs: Kwargs) -> Any:
 class EnterModel:
     """Before the base model: checks its input and keeps the padding mask compact.
 
-    ``cross_mask`` does so with the mask over an encoder's states, in a decoder. ``notes`` are those that
-    an earlier call may have left, if it failed.
+    ``cross_mask`` does so with the mask over an encoder's states, in a decoder.
     """
 
     check: CheckInput
     carrier: compat.MaskCarrier
     cross_mask: compat.CrossMask | None
-    notes: tuple[Note, ...]
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call = self.check.call
-        for note in self.notes:
-            note.take()
         given, mask, cached = self.check(base, args, kwargs)
         if given is None:
             return args, kwargs
@@ -204,6 +200,8 @@ class LinkStack:
 
 # on embedded tokens: the global tokens that belong to them, (B, g, width)
 NOTE = "lsg_global_tokens"
+# how the words of these are scaled, (B, 1, 1), where a hook of others gave a tensor without the note
+_RATIO: ContextVar[Tensor | None] = ContextVar("ratio", default=None)
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,6 @@ class GlobalTokens:
     Where the words of a row are scaled otherwise than usual, its global tokens are as well, but for
     what they have of a position: ``position_rows`` of the table ``positions``. The modules of
     ``path`` are in the ``embeddings`` of the base model, which has the ``projection`` too, if any.
-    ``ratio`` (B, 1, 1) says how words are scaled where a hook of others gave a tensor without the note.
     """
 
     embeddings: str
@@ -221,7 +218,6 @@ class GlobalTokens:
     positions: str | None
     position_rows: tuple[int, ...]
     projection: str | None
-    ratio: Note
 
     def of(self, embeddings: Any, embedded: Tensor, ratio: Tensor | None = None) -> Tensor:
         """(B, g, width) for ``embedded`` (B, T0, width), words being scaled ``ratio`` (B, 1, 1) times."""
@@ -247,7 +243,10 @@ class GlobalTokens:
         rows, differentiable = getattr(embedded, NOTE, (None, None))
         if rows is not None and not is_compiling():
             delattr(embedded, NOTE)  # a tensor that is used again must not carry an old note
-        ratio = self.ratio.take()
+        ratio = None
+        if not is_compiling():
+            ratio = _RATIO.get()
+            _RATIO.set(None)
         if rows is None or differentiable != torch.is_grad_enabled():
             embeddings: Any = base.get_submodule(self.embeddings)
             fits = ratio is not None and len(ratio) == len(embedded)
@@ -277,8 +276,8 @@ class NoteGlobals:
             ratio = scale / self.word_scale(embeddings, None, None)
         elif is_compiling():
             return output  # not every compiler knows attributes of tensors
-        if ratio is not None:
-            self.tokens.ratio.leave(ratio)
+        if not is_compiling():
+            _RATIO.set(ratio)
         rows = self.tokens.of(embeddings, output, ratio)
         if rows.requires_grad and not is_compiling():
             rows, output = _Together.apply(rows, output)
@@ -399,22 +398,26 @@ def leave_out(*args: Any, **kwargs: Any) -> None:
     """In place of a method of the stack that would make (T, T) tensors for its layers."""
 
 
+# on the output of the stack: its rows that tokens are given back from, (1 or B, T0)
+ROWS = "lsg_rows"
+
+
 @dataclass(frozen=True)
 class LeaveStack:
     """After the layer stack: its output, and what it collected, in the input's order.
 
-    ``rows`` (1 or B, T0), the stack's rows that tokens are given back from, are what it leaves for a base
-    model that has collected something, too.
+    ``for_model``: the base model has collected something, too, and finds the order on the output.
     """
 
     call: Signature
-    rows: Note | None
+    for_model: bool
 
     def __call__(self, stack: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         layout: Layout = self.call.get(self.call.mask, args, kwargs)
-        if self.rows is not None:
-            self.rows.leave(layout.rows)
-        return in_order(output, layout.rows)
+        output = in_order(output, layout.rows)
+        if self.for_model and not is_compiling():
+            setattr(output if isinstance(output, Tensor) else output[0], ROWS, layout.rows)
+        return output
 
 
 @dataclass(frozen=True)
@@ -424,22 +427,30 @@ class LeaveModel:
     config: LSGConfig
     call: Signature
     num_layers: int
-    rows: Note
 
     def __call__(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        rows = self.rows.take()
         if isinstance(output, Tensor):
             return output
         values = output if isinstance(output, tuple) else tuple(output.values())
         last: Tensor = values[0]
-        if any(_are_recorded(value) for value in values):
-            if rows is None:  # compiled stacks leave no note, and are not packed
+        rows = None if is_compiling() else vars(last).pop(ROWS, None)
+        recorded = [x for value in values if _are_recorded(value) for x in value if x is not None]
+        if recorded:
+            if rows is None:
                 mask = compat.padding_mask(self.call.get(self.call.mask, args, kwargs))
-                rows = lay_out_step(mask, last.shape[1], self.config, last.device).rows
+                rows = self._rows(mask, last, recorded[0])
             output = in_order(output, rows, last)
         if not isinstance(output, tuple) and wants_attentions(self.call, base, args, kwargs):
             output["attentions"] = (None,) * self.num_layers
         return output
+
+    def _rows(self, mask: Tensor | None, last: Tensor, state: Tensor) -> Tensor:
+        """Those of a stack that was compiled, or of which a hook of others replaced the output."""
+        packing = packing_of(mask, self.config)
+        # a stack that is compiled by itself is not packed: its states tell
+        if packing is not None and state.shape[:2] == (1, len(packing.taken)):
+            return packing.layout.rows
+        return lay_out_step(mask, last.shape[1], self.config, last.device).rows
 
 
 def wants_attentions(call: Signature, owner: nn.Module, args: Args, kwargs: Kwargs) -> bool:
