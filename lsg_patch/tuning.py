@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lsg_patch.chunking import chunk_embeddings
 from lsg_patch.config import LSGConfig
+from lsg_patch.holders import tokenizer_in
 from lsg_patch.patching import patched
 
 PASSAGE = 40  # tokens of a query
@@ -146,7 +147,7 @@ def embedded(
 
     One vector a text is that of a SentenceTransformer itself, for this ``role`` (query or document).
     """
-    if chunk_tokens is None and hasattr(model, "encode"):  # a SentenceTransformer
+    if chunk_tokens is None and tokenizer_in(model) is not None:  # a SentenceTransformer
         # sentence-transformers 5 and later have a method for each, with its own prompt
         encode = getattr(model, f"encode_{role}", model.encode)
         rows = encode(list(texts), convert_to_tensor=True, show_progress_bar=False)

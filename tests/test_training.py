@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 
 import lsg_patch
 from tests.models import (
@@ -71,6 +75,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, use_reentr
     enable_checkpointing(model, use_reentrant)
     actual = gradients(model, family)
     assert len(runs) == 3, "the layer runs again in backward"
+    assert_same_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_around_the_whole_stack_gives_the_same_gradients(family: str) -> None:
+    """The global tokens come in inside of it, and are the same when it runs again."""
+    model = patched_model(family).train()
+    expected = gradients(model, family)
+    *above, name = lsg_patch.families.FAMILIES[family].stack.split(".")
+    owner = model.get_submodule(".".join(above))
+    wrapped = checkpoint_wrapper(getattr(owner, name), CheckpointImpl.NO_REENTRANT)
+    setattr(owner, name, wrapped)
+    actual = {
+        n.replace("_checkpoint_wrapped_module.", ""): x for n, x in gradients(model, family).items()
+    }
     assert_same_gradients(actual, expected)
 
 

@@ -97,7 +97,7 @@ def _longest(norm: Tensor, count: int, in_order: bool) -> Tensor:
         earlier = torch.ones(norm.shape[-1:] * 2, dtype=torch.bool, device=norm.device).tril(-1)
         before = ((other > own) | ((other == own) & earlier)).sum(-1)
         return before.topk(count, dim=-1, largest=False).indices
-    # other devices may not rank such integers, and transforms of torch 2.1 do not read bits
+    # other devices may not rank such integers, and transforms do not read bits (torch 2.1)
     by_bits = norm.device.type in ("cpu", "cuda") and not is_transformed()
     if norm.dtype != torch.float32 or not by_bits:
         return norm.sort(dim=-1, descending=True, stable=True).indices[..., :count]

@@ -198,7 +198,8 @@ class LinkStack:
             stack.lsg_base = Link(base)
 
 
-# on embedded tokens: the global tokens that belong to them, (B, g, width)
+# on embedded tokens: the global tokens (B, g, width) that belong to them, whether gradients are to reach
+# these, and whether the stack has taken them
 NOTE = "lsg_global_tokens"
 # how the words of these are scaled, (B, 1, 1), where a hook of others gave a tensor without the note
 _RATIO: ContextVar[Tensor | None] = ContextVar("ratio", default=None)
@@ -240,9 +241,11 @@ class GlobalTokens:
         They are those noted on the tensor, or, if a caller replaced it or calls the stack alone, those
         of any input.
         """
-        rows, differentiable = getattr(embedded, NOTE, (None, None))
+        rows, differentiable, is_used = getattr(embedded, NOTE, (None, None, False))
+        if is_used and torch._C._current_graph_task_id() == -1:
+            rows = None  # old: the same tensor again, and not a checkpoint that runs again in a backward
         if rows is not None and not is_compiling():
-            delattr(embedded, NOTE)  # a tensor that is used again must not carry an old note
+            setattr(embedded, NOTE, (rows, differentiable, True))
         ratio = None
         if not is_compiling():
             ratio = _RATIO.get()
@@ -281,7 +284,7 @@ class NoteGlobals:
         rows = self.tokens.of(embeddings, output, ratio)
         if rows.requires_grad and not is_compiling():
             rows, output = _Together.apply(rows, output)
-        setattr(output, NOTE, (rows, torch.is_grad_enabled()))
+        setattr(output, NOTE, (rows, torch.is_grad_enabled(), False))
         return output
 
 
@@ -307,9 +310,9 @@ class _Together(torch.autograd.Function):
 
 def carry_globals(projection: nn.Module, args: Args, output: Tensor) -> None:
     """After what embedded tokens pass between the embeddings and the stack: the noted ones pass it too."""
-    rows, differentiable = getattr(args[0], NOTE, (None, None))
+    rows, *how = getattr(args[0], NOTE, (None,))
     if rows is not None:
-        setattr(output, NOTE, (projection.forward(rows), differentiable))
+        setattr(output, NOTE, (projection.forward(rows), *how))
 
 
 @dataclass(frozen=True)
