@@ -41,6 +41,15 @@ def test_embeddings_give_a_row_for_each_token(family: str, num_global_tokens: in
 
 
 @families
+def test_nothing_is_left_on_what_a_hook_keeps(family: str) -> None:
+    """Tools write such tensors to files."""
+    model, kept = patched_model(family), []
+    model.embeddings.register_forward_hook(lambda _, args, output: kept.append(output))
+    run(model, ids_like(right_padded(60), family), None)
+    assert len(kept) == 1 and not vars(kept[0])
+
+
+@families
 def test_hooks_on_the_embeddings_see_and_replace_the_tokens(family: str) -> None:
     """As attributions by layers do (captum): what they put in stands where it stood."""
     model, ids = patched_model(family), ids_like(right_padded(60), family)

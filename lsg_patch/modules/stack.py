@@ -245,7 +245,9 @@ class GlobalTokens:
         if is_used and torch._C._current_graph_task_id() == -1:
             rows = None  # old: the same tensor again, and not a checkpoint that runs again in a backward
         if rows is not None and not is_compiling():
-            setattr(embedded, NOTE, (rows, differentiable, True))
+            delattr(embedded, NOTE)
+            if differentiable:
+                setattr(embedded, NOTE, (rows, differentiable, True))
         ratio = None
         if not is_compiling():
             ratio = _RATIO.get()
@@ -310,9 +312,11 @@ class _Together(torch.autograd.Function):
 
 def carry_globals(projection: nn.Module, args: Args, output: Tensor) -> None:
     """After what embedded tokens pass between the embeddings and the stack: the noted ones pass it too."""
-    rows, *how = getattr(args[0], NOTE, (None,))
+    rows, differentiable, is_used = getattr(args[0], NOTE, (None, None, False))
     if rows is not None:
-        setattr(output, NOTE, (projection.forward(rows), *how))
+        if not differentiable and not is_compiling():
+            delattr(args[0], NOTE)
+        setattr(output, NOTE, (projection.forward(rows), differentiable, is_used))
 
 
 @dataclass(frozen=True)
