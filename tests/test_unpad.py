@@ -327,7 +327,9 @@ def test_hidden_states_are_in_order_where_the_stack_was_changed(change: str) -> 
         if change == "copied":  # as PEFT's modules_to_save copies a part
             model.encoder = copy.deepcopy(model.encoder)
         else:
-            model.encoder.register_forward_hook(lambda *x: type(x[2])(x[2][0] + 0.0))
+            model.encoder.register_forward_hook(
+                lambda _, args, out: type(out)(**{**out, "last_hidden_state": out[0] + 0.0})
+            )
         got = model(ids, RIGHT, output_hidden_states=True)
     for x, y in zip(got.hidden_states, want.hidden_states, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
