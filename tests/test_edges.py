@@ -288,3 +288,15 @@ def test_a_trace_fixes_neither_batch_nor_length() -> None:
         traced = torch.jit.trace(model, given[0], check_trace=False)
         expected, found = (run_it(*given[1])[0] for run_it in (model, traced))
     torch.testing.assert_close(found[other.bool()], expected[other.bool()], rtol=0, atol=1e-5)
+
+
+def test_a_replaced_forward_may_give_something_else_first() -> None:
+    model, ids = tiny_model("bert"), ids_like(right_padded(60), "bert")
+    own = model.forward
+    model.forward = lambda *x, **given: ("first", own(*x, **given).last_hidden_state)
+    lsg_patch.patch_model(model, **SETTINGS)
+    expected = run(patched_model(), ids, None)["last_hidden_state"]
+    with torch.no_grad():
+        name, found = model(ids)
+    assert name == "first"
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -312,11 +312,11 @@ class _Together(torch.autograd.Function):
 
 def carry_globals(projection: nn.Module, args: Args, output: Tensor) -> None:
     """After what embedded tokens pass between the embeddings and the stack: the noted ones pass it too."""
-    rows, differentiable, is_used = getattr(args[0], NOTE, (None, None, False))
+    rows, differentiable, _ = getattr(args[0], NOTE, (None, None, False))
     if rows is not None:
         if not differentiable and not is_compiling():
             delattr(args[0], NOTE)
-        setattr(output, NOTE, (projection.forward(rows), differentiable, is_used))
+        setattr(output, NOTE, (projection.forward(rows), differentiable, False))
 
 
 @dataclass(frozen=True)
@@ -440,7 +440,8 @@ class LeaveModel:
             return output
         values = output if isinstance(output, tuple) else tuple(output.values())
         last: Tensor = values[0]
-        rows = None if is_compiling() else vars(last).pop(ROWS, None)
+        # what took the place of the forward may give something else than a tensor first
+        rows = None if is_compiling() else getattr(last, "__dict__", {}).pop(ROWS, None)
         recorded = [x for value in values if _are_recorded(value) for x in value if x is not None]
         if recorded:
             if rows is None:
